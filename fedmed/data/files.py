@@ -1,0 +1,48 @@
+"""Files that are there whole or not at all, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from fedmed.errors import DataError
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that takes its final name only when the block ends well.
+
+    Raises:
+        DataError: the folder is full, missing or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def unwritable(folder: Path, error: OSError) -> DataError:
+    """The one line for a folder that takes no more files."""
+    reason = error.strerror or type(error).__name__
+    return DataError(
+        f"cannot write to {folder} ({reason})",
+        "free space there, or choose another folder",
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
