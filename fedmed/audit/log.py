@@ -1,0 +1,302 @@
+"""A hash-chained audit log: JSON lines that cannot be edited, dropped or reordered unseen.
+
+Each line holds the SHA-256 of the line before it and its own, over the canonical JSON of all
+its other fields; the first line names a random log id. Whoever can write the file could rebuild
+the whole chain or cut its end: keep the head hash elsewhere (it is returned by every append) and
+give it to :func:`verify`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from fedmed.errors import AuditError
+from fedmed.types import Scalar
+
+_ROOT = "0" * 64  # what the first line names as its predecessor
+_RESERVED = frozenset({"seq", "time", "event", "prev", "hash"})
+_ASIDE = "restore the log from a backup, or move it aside and start a new one"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A log whose chain holds.
+
+    Attributes:
+        entries: number of lines.
+        head: hash of the last line.
+    """
+
+    entries: int
+    head: str
+
+
+class AuditLog:
+    """The single writer of one log; a context manager, or call :meth:`close`.
+
+    Opening verifies the whole chain. A last line without its line feed, which a crash in the
+    middle of an append leaves, is moved to ``<name>.torn-<line>`` and that is recorded in the log.
+
+    Args:
+        path: the log; made with mode 0600 if it does not exist. Its folder must exist.
+
+    Raises:
+        AuditError: the log is broken, held by another writer, or cannot be opened.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._thread_lock = threading.Lock()
+        self._pid = os.getpid()
+        try:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        self._file = os.fdopen(handle, "r+b", buffering=0)
+        try:
+            self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def head(self) -> str:
+        """Hash of the last line."""
+        return self._head
+
+    def append(self, event: str, **facts: Scalar) -> str:
+        """Write one line, on disk before this returns.
+
+        Args:
+            event: what happened, lower case with hyphens (``"task-refused"``).
+            facts: scalars; infinite and undefined floats are written as text.
+
+        Returns:
+            The new head hash.
+
+        Raises:
+            AuditError: the line could not be written; the log is as before.
+        """
+        if clash := _RESERVED & facts.keys():
+            raise AuditError(f"audit fact name {min(clash)!r} is reserved", "rename it")
+        if self._pid != os.getpid():
+            raise AuditError(
+                f"audit log {self.path} was opened by the parent process",
+                "append from the process that opened it",
+            )
+        with self._thread_lock:
+            return self._append(event, facts)
+
+    def close(self) -> None:
+        """Release the log for other writers."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise AuditError(
+                f"audit log {self.path} is held by another process",
+                "stop the other client of this site first",
+            ) from error
+        whole, torn = _split_torn(self._file)
+        verified = _verify_lines(self.path, whole.splitlines(keepends=True))
+        self._seq, self._head, self._size = verified.entries, verified.head, len(whole)
+        if torn:
+            self._set_aside(torn)
+        if self._seq == 0:
+            self._append("log-opened", {"log_id": secrets.token_hex(16)})
+            _sync_folder(self.path.parent)
+        if torn:
+            name = self._torn_path(self._torn_line).name
+            facts: dict[str, Scalar] = {"line": self._torn_line, "kept_in": name}
+            facts["bytes"] = len(torn)
+            facts["sha256"] = hashlib.sha256(torn).hexdigest()
+            self._append("torn-line-set-aside", facts)
+
+    def _torn_path(self, line: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.torn-{line}")
+
+    def _set_aside(self, torn: bytes) -> None:
+        self._torn_line = self._seq + 1
+        try:
+            with os.fdopen(
+                os.open(
+                    self._torn_path(self._torn_line), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600
+                ),
+                "wb",
+            ) as kept:
+                kept.write(torn)
+                kept.flush()
+                os.fsync(kept.fileno())
+            _sync_folder(self.path.parent)
+            self._file.truncate(self._size)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+
+    def _append(self, event: str, facts: Mapping[str, Scalar]) -> str:
+        entry: dict[str, Any] = {
+            "seq": self._seq,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "event": event,
+            **{name: _plain(name, value) for name, value in facts.items()},
+            "prev": self._head,
+        }
+        digest = _digest(entry)
+        line = _canonical({**entry, "hash": digest})
+        try:
+            self._file.seek(self._size)
+            if self._file.write(line) != len(line):
+                raise OSError(None, "short write, is the disk full?")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._undo()
+            raise _unusable(self.path, error) from error
+        self._seq += 1
+        self._size += len(line)
+        self._head = digest
+        return digest
+
+    def _undo(self) -> None:
+        try:
+            self._file.truncate(self._size)
+        except OSError:
+            return  # the next opening sets the torn line aside
+
+
+def verify(path: Path | str, head: str | None = None) -> Verified:
+    """Check every line of a log, and that it ends at ``head`` if that is given.
+
+    Without ``head`` a log whose last lines were cut off still verifies: its chain holds.
+
+    Raises:
+        AuditError: naming the first line that is wrong, or the file that cannot be read.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            whole, torn = _split_torn(file)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    lines = whole.splitlines(keepends=True)
+    verified = _verify_lines(path, lines)
+    if torn:
+        raise AuditError(
+            f"{path} line {len(lines) + 1}: torn, as a crash leaves it",
+            "start the site's client once, which sets it aside",
+        )
+    if not verified.entries:
+        raise AuditError(f"{path} is empty", _ASIDE)
+    if head is not None and verified.head != head:
+        raise AuditError(
+            f"{path} line {verified.entries}: ends at {verified.head[:12]}…, expected "
+            f"{head[:12]}…; lines are missing from its end, or the chain was rebuilt",
+            _ASIDE,
+        )
+    return verified
+
+
+def read(path: Path | str) -> Iterator[dict[str, Scalar]]:
+    """The entries of a log, verified first.
+
+    Raises:
+        AuditError: see :func:`verify`.
+    """
+    verify(path)
+    with Path(path).open("rb") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _verify_lines(path: Path, lines: list[bytes]) -> Verified:
+    previous = _ROOT
+    for number, line in enumerate(lines, start=1):
+        if problem := _fault(line, number, previous):
+            raise AuditError(f"{path} line {number}: {problem}", _ASIDE)
+        previous = json.loads(line)["hash"]
+    return Verified(len(lines), previous)
+
+
+def _fault(line: bytes, number: int, previous: str) -> str:
+    """What is wrong with a line, or an empty string."""
+    try:
+        entry = json.loads(line)
+        canonical = _canonical(entry)  # refuses NaN, which JSON does not know but loads takes
+    except (ValueError, RecursionError):
+        return "not JSON"
+    if not isinstance(entry, dict) or not entry.keys() >= _RESERVED:
+        return "not an audit entry"
+    # Comparing the bytes closes what JSON leaves open: spaces, escapes, key order, repeated keys.
+    if canonical != line:
+        return "changed (not in canonical form)"
+    if _digest({name: value for name, value in entry.items() if name != "hash"}) != entry["hash"]:
+        return "changed (its hash does not match)"
+    if entry["seq"] != number - 1 or entry["prev"] != previous:
+        return "does not follow the line before it (lines removed, added or reordered)"
+    if number == 1 and (entry["event"] != "log-opened" or "log_id" not in entry):
+        return "not the beginning of a log"
+    return ""
+
+
+def _split_torn(file: BinaryIO) -> tuple[bytes, bytes]:
+    """Complete lines, and what stands after the last line feed."""
+    content = file.read()
+    end = content.rfind(b"\n") + 1
+    return content[:end], content[end:]
+
+
+def _canonical(entry: Mapping[str, Any]) -> bytes:
+    """One line of JSON with sorted keys, no spaces, ASCII only."""
+    text = json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(entry)).hexdigest()
+
+
+def _plain(name: str, value: Scalar) -> Scalar:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise AuditError(f"audit fact {name!r} is a {type(value).__name__}", "give scalars only")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unusable(path: Path, error: OSError) -> AuditError:
+    return AuditError(
+        f"audit log {path} cannot be used ({error.strerror or error})",
+        "check that its folder exists, is writable and has space",
+    )

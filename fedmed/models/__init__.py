@@ -1,0 +1,1 @@
+"""Networks of the allow-list, their weights files and losses."""

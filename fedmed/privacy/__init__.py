@@ -1,0 +1,1 @@
+"""Differential privacy: mechanism, accounting, ledger. The only package that knows Opacus."""
