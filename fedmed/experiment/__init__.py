@@ -1,0 +1,1 @@
+"""An experiment in simulation: configuration in, run folder out."""

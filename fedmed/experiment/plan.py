@@ -1,0 +1,183 @@
+"""From the typed configuration to the frozen records that the rest works with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedmed.config.schema import Config
+from fedmed.data.spec import PartitionSpec, PrepSpec
+from fedmed.errors import ConfigError
+from fedmed.federation.policy import SitePolicy
+from fedmed.models.losses import default_loss
+from fedmed.types import (
+    AugmentSpec,
+    DPRequest,
+    ModelSpec,
+    OptimizerSpec,
+    PackedArrays,
+    PrivacyUnit,
+    Scalar,
+    TaskKind,
+    TaskSpec,
+    TrainerSpec,
+    TrainTask,
+)
+
+MODES = ("federated", "centralized", "local")
+
+
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> str:
+    """The value, if it is a choice.
+
+    Raises:
+        ConfigError: names key, value and choices.
+    """
+    if value not in choices:
+        raise ConfigError(f"{key}={value!r} is unknown", f"choose one of {', '.join(choices)}")
+    return value
+
+
+def task_spec(config: Config) -> TaskSpec:
+    """What is learnt."""
+    data = config.data
+    kind = one_of("data.task", data.task, tuple(TaskKind))
+    return TaskSpec(
+        kind=TaskKind(kind),
+        classes=tuple(data.classes),
+        dims=data.dims,
+        channels=data.channels,
+        image_size=tuple(data.image_size),
+    )
+
+
+def prep_spec(config: Config) -> PrepSpec:
+    """How images are prepared."""
+    prepare = config.data.prepare
+    return PrepSpec(
+        intensity=prepare.intensity,
+        spacing=tuple(prepare.spacing) if prepare.spacing else None,
+        cache=prepare.cache,
+        cache_dir=Path(config.paths.cache_dir) / "prepared",
+        on_unreadable=prepare.on_unreadable,
+        workers=prepare.workers,
+    )
+
+
+def partition_spec(config: Config) -> PartitionSpec:
+    """How a folder becomes sites."""
+    p = config.data.partition
+    return PartitionSpec(
+        kind=p.kind, sites=p.sites, alpha=p.alpha, column=p.column, merge_below=p.merge_below
+    )
+
+
+def site_policy(config: Config) -> SitePolicy:
+    """The simulated hospitals' rules."""
+    site = config.site
+    return SitePolicy(
+        max_epsilon=math.inf if site.max_epsilon is None else site.max_epsilon,
+        delta=site.delta,
+        min_noise_multiplier=site.min_noise_multiplier,
+        max_local_steps=site.max_local_steps,
+        allowed_models=None if site.allowed_models is None else tuple(site.allowed_models),
+        allowed_units=tuple(
+            PrivacyUnit(one_of("site.allowed_units", u, tuple(PrivacyUnit)))
+            for u in site.allowed_units
+        ),
+        accountant=site.accountant,
+    )
+
+
+def dp_request(config: Config) -> DPRequest | None:
+    """What is asked of the sites' privacy."""
+    privacy = config.privacy
+    if one_of("privacy.name", privacy.name, ("none", "dpsgd")) == "none":
+        return None
+    sigma = privacy.noise_multiplier
+    return DPRequest(
+        unit=PrivacyUnit(one_of("privacy.unit", privacy.unit, tuple(PrivacyUnit))),
+        target_epsilon=privacy.target_epsilon,
+        noise_multiplier=sigma,
+        max_grad_norm=privacy.max_grad_norm,
+        total_steps=config.federation.rounds * config.trainer.local_steps,
+        delta=privacy.delta,
+        max_images_per_unit=privacy.max_images_per_unit,
+        gradients=privacy.gradients,
+    )
+
+
+def model_spec(config: Config) -> ModelSpec:
+    """The network by name and plain parameters."""
+    return ModelSpec(
+        name=config.model.name,
+        params={k: _scalars(f"model.params.{k}", v) for k, v in config.model.params.items()},
+        pretrained_sha256=config.model.pretrained_sha256,
+    )
+
+
+def train_task(config: Config, run_id: str) -> TrainTask:
+    """The task of every round; round and arrays are filled in by the coordinator.
+
+    Raises:
+        ConfigError: a value is out of range; names the key.
+    """
+    federation, trainer, optimizer = config.federation, config.trainer, config.optimizer
+    if federation.rounds < 1:
+        raise ConfigError(f"expected federation.rounds={federation.rounds} >= 1")
+    task = task_spec(config)
+    augment = config.data.augment
+    return TrainTask(
+        run_id=run_id,
+        round=1,
+        rounds=federation.rounds,
+        task=task,
+        model=model_spec(config),
+        loss=config.model.loss or default_loss(task),
+        optimizer=OptimizerSpec(
+            name=optimizer.name,
+            lr=optimizer.lr,
+            momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+            betas=(optimizer.betas[0], optimizer.betas[-1]),
+        ),
+        trainer=TrainerSpec(
+            local_steps=trainer.local_steps,
+            batch_size=trainer.batch_size,
+            physical_batch_size=trainer.physical_batch_size,
+            augment_copies=trainer.augment_copies,
+            lr_decay=trainer.lr_decay,
+        ),
+        dp=dp_request(config),
+        arrays=PackedArrays((), {}),
+        augment=AugmentSpec(
+            flip=tuple(augment.flip),
+            rotate=augment.rotate,
+            scale=augment.scale,
+            translate=augment.translate,
+            intensity=augment.intensity,
+            noise=augment.noise,
+            probability=augment.probability,
+        ),
+        personal=tuple(federation.personal),
+        seed=config.seed,
+    )
+
+
+def scaled_batch(task: TrainTask, factor: int) -> TrainTask:
+    """The same steps with ``factor`` times the batch: the pooled reference sees as many images."""
+    trainer = replace(task.trainer, batch_size=task.trainer.batch_size * factor)
+    return replace(task, trainer=trainer)
+
+
+def _scalars(key: str, value: Any) -> Scalar | tuple[Scalar, ...]:
+    if isinstance(value, list):
+        if all(isinstance(v, str | int | float | bool) or v is None for v in value):
+            return tuple(value)
+    elif isinstance(value, str | int | float | bool) or value is None:
+        return value
+    raise ConfigError(
+        f"{key} is neither a scalar nor a list of scalars", "write key=1 or key=[1,2]"
+    )

@@ -1,0 +1,1 @@
+"""Federated rounds, both sides of them. The only package that knows Flower."""

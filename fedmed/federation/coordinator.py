@@ -1,0 +1,335 @@
+"""The coordinator's round loop: drives any Flower strategy, and guards it.
+
+Flower's own ``Strategy.start`` has no checkpoint, no seeded sampling and no deadline, and
+its strategies believe what clients say of themselves. Here every answer is validated before
+aggregation, weighed by the plan's public constants, and put in a fixed order, so that a
+resumed run ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import Message
+from flwr.app.exception import AppExitException
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from fedmed.errors import FederationError, FedmedError, QuorumNotMet
+from fedmed.federation import messages
+from fedmed.federation.state import Checkpoints, ServerState
+from fedmed.federation.strategies.state import load_state, save_state
+from fedmed.federation.validation import check_update, squared_norm
+from fedmed.types import ClientUpdate, PackedArrays, Refusal, TrainTask
+
+
+@dataclass(frozen=True)
+class SiteSlot:
+    """A site as the plan knows it; ``weight`` is a public constant."""
+
+    node_id: int
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run does.
+
+    Attributes:
+        task: the task of every round; its round and arrays are replaced each time.
+        sites: who may take part.
+        min_sites: quorum: fewest valid updates of a round.
+        deadline: seconds a round may take.
+        max_update_norm: most an update may move the weights, or None.
+        ema_decay: decay of the moving average of the global weights, 0 for none.
+    """
+
+    task: TrainTask
+    sites: tuple[SiteSlot, ...]
+    min_sites: int
+    deadline: float
+    max_update_norm: float | None = None
+    ema_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One site's failed round; ``code`` is stable, ``reason`` one line."""
+
+    site: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in a round."""
+
+    round: int
+    updates: tuple[ClientUpdate, ...]
+    failures: tuple[Failure, ...]
+    seconds: float
+    metrics: Mapping[str, float]
+
+
+class Observer(Protocol):
+    """Told of each finished round, before its checkpoint: a resumed run tells it again."""
+
+    def round_done(self, state: ServerState, report: RoundReport) -> None:
+        """One round is over."""
+
+
+@contextmanager
+def _seeded_sampling(seed: int, round_: int) -> Iterator[None]:
+    """Flower samples sites from Python's global generator: lend it a seed of the study's."""
+    saved = random.getstate()
+    random.seed(f"{seed}|sites|{round_}")
+    try:
+        yield
+    finally:
+        random.setstate(saved)
+
+
+class Coordinator:
+    """Runs a plan over a grid.
+
+    Args:
+        grid: Flower's grid, of a deployment or of a simulation.
+        strategy: any Flower strategy.
+        plan: what to do.
+        checkpoints: where each round's state goes.
+        observers: told of each round.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        strategy: Strategy,
+        plan: RunPlan,
+        checkpoints: Checkpoints,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self._grid = grid
+        self._strategy = strategy
+        self._plan = plan
+        self._checkpoints = checkpoints
+        self._observers = observers
+        self._sites = {s.node_id: s for s in plan.sites}
+
+    def run(self, state: ServerState) -> ServerState:
+        """Go on from a state to the plan's last round.
+
+        Raises:
+            QuorumNotMet: too few valid updates; the last checkpoint stands.
+            FederationError: the strategy cannot aggregate.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        load_state(self._strategy, state.strategy, state.layout)
+        if state.round == 0:
+            self._checkpoints.save(state)
+        while state.round < self._plan.task.rounds:
+            state, report = self._round(state)
+            for observer in self._observers:
+                observer.round_done(state, report)
+            self._checkpoints.save(state)
+        return state
+
+    def _round(self, state: ServerState) -> tuple[ServerState, RoundReport]:
+        started = time.perf_counter()
+        round_ = state.round + 1
+        task = replace(self._plan.task, round=round_, arrays=state.arrays)
+        self._wait_for_sites(started)
+        parameters = messages.to_array_record(state.arrays, ("parameters",))
+        with _seeded_sampling(task.seed, round_):
+            requests = sorted(
+                self._strategy.configure_train(
+                    round_, parameters, messages.task_config(task), self._grid
+                ),
+                key=lambda m: m.metadata.dst_node_id,
+            )
+        _attach_buffers(requests, state.arrays)
+        answers, failures = self._collect(requests, task)
+        if len(answers) < self._plan.min_sites:
+            raise QuorumNotMet(
+                f"round {round_}: {len(answers)} valid updates, "
+                f"federation.min_sites={self._plan.min_sites} are needed"
+                + "".join(f"; {f.site}: {f.reason}" for f in failures[:3])
+            )
+        arrays = self._aggregate(task, answers)
+        metrics = self._evaluate(replace(task, arrays=arrays))
+        seconds = time.perf_counter() - started
+        report = RoundReport(
+            round_, tuple(u for _, u in answers), tuple(failures), seconds, metrics
+        )
+        return self._next(state, arrays, report), report
+
+    def _next(self, state: ServerState, arrays: PackedArrays, report: RoundReport) -> ServerState:
+        counts = dict(state.failures)
+        for failure in report.failures:
+            key = f"{failure.site}: {failure.code}"
+            counts[key] = counts.get(key, 0) + 1
+        saved, layout = save_state(self._strategy)
+        return ServerState(
+            round=report.round,
+            arrays=arrays,
+            ema=_moving_average(state.ema or state.arrays, arrays, self._plan.ema_decay),
+            strategy=saved,
+            layout=layout,
+            failures=counts,
+            seconds=state.seconds + report.seconds,
+        )
+
+    def _wait_for_sites(self, started: float) -> None:
+        """Flower's sampling waits for ever; wait here, and no longer than the deadline."""
+        while len(list(self._grid.get_node_ids())) < self._plan.min_sites:
+            if time.perf_counter() - started > self._plan.deadline:
+                raise QuorumNotMet(
+                    f"fewer than federation.min_sites={self._plan.min_sites} sites are connected",
+                    "start the missing sites or lower federation.min_sites",
+                )
+            time.sleep(0.2)
+
+    def _collect(
+        self, requests: Sequence[Message], task: TrainTask
+    ) -> tuple[list[tuple[Message, ClientUpdate]], list[Failure]]:
+        """Send, wait, validate; answers in the order of the sites' names."""
+        replies = list(self._grid.send_and_receive(requests, timeout=self._plan.deadline))
+        # A failed reply's sender may be the link's own id: map it by what it answers.
+        asked = {m.metadata.message_id: self._sites[m.metadata.dst_node_id] for m in requests}
+        got: dict[str, tuple[Message, ClientUpdate]] = {}
+        failures: list[Failure] = []
+        silent = {slot.name for slot in asked.values()}
+        for reply in replies:
+            slot = asked.get(reply.metadata.reply_to_message_id)
+            if slot is None or slot.name not in silent:
+                continue  # late, doubled or not asked for
+            silent.discard(slot.name)
+            outcome = self._judge(reply, slot, task)
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+            else:
+                got[slot.name] = (reply, outcome)
+        failures += [Failure(n, "no-answer", "no answer before the deadline") for n in silent]
+        return [got[n] for n in sorted(got)], sorted(failures, key=lambda f: f.site)
+
+    def _judge(self, reply: Message, slot: SiteSlot, task: TrainTask) -> ClientUpdate | Failure:
+        if reply.has_error():
+            return Failure(slot.name, "client-error", reply.error.reason or "unknown error")
+        try:
+            answer = messages.read_answer(reply, task.arrays.table)
+            if isinstance(answer, Refusal):
+                return Failure(slot.name, answer.code, answer.reason)
+            check_update(
+                answer,
+                run_id=task.run_id,
+                round_=task.round,
+                site=slot.name,
+                current=task.arrays,
+                max_norm=self._plan.max_update_norm,
+            )
+        except FedmedError as error:
+            return Failure(slot.name, "update-rejected", str(error))
+        return answer
+
+    def _aggregate(
+        self, task: TrainTask, answers: Sequence[tuple[Message, ClientUpdate]]
+    ) -> PackedArrays:
+        """Parameters by the strategy, buffers by the plan's weighted mean.
+
+        Server optimisers must not step on BatchNorm statistics: a variance moved by Adam
+        can turn negative.
+        """
+        weights = {s.name: s.weight for s in self._plan.sites}
+        clean = [messages.for_strategy(r, u, weights[u.site]) for r, u in answers]
+        try:
+            record, _ = self._strategy.aggregate_train(task.round, clean)
+        except (AppExitException, ValueError, IndexError, ZeroDivisionError) as error:
+            raise FederationError(
+                f"round {task.round}: {type(self._strategy).__name__} cannot aggregate "
+                f"{len(clean)} updates: {error}",
+                "take more sites or another strategy",
+            ) from error
+        if record is None:
+            raise FederationError(f"round {task.round}: the strategy returned no weights")
+        buffers: dict[str, NDArray[np.generic]] = {}
+        total = sum(weights[u.site] for _, u in answers)
+        for key, current in task.arrays.buffers.items():
+            if key.startswith("parameters."):
+                merged = record[key].numpy()
+            else:
+                shares = [weights[u.site] / total for _, u in answers]
+                merged = np.average([u.arrays.buffers[key] for _, u in answers], 0, shares)
+            buffers[key] = _as_dtype(merged, current)
+            if not np.isfinite(squared_norm(buffers[key])):
+                raise FederationError(
+                    f"round {task.round}: the aggregated weights are not finite",
+                    "lower the server's learning rate (strategy.params.eta)",
+                )
+        return PackedArrays(task.arrays.table, buffers)
+
+    def _evaluate(self, task: TrainTask) -> dict[str, float]:
+        """Metrics that the sites' policies let go, averaged by the strategy."""
+        parameters = messages.to_array_record(task.arrays, ("parameters",))
+        with _seeded_sampling(task.seed, -task.round):
+            requests = list(
+                self._strategy.configure_evaluate(
+                    task.round, parameters, messages.task_config(task), self._grid
+                )
+            )
+        if not requests:
+            return {}
+        _attach_buffers(requests, task.arrays)
+        replies = list(self._grid.send_and_receive(requests, timeout=self._plan.deadline))
+        asked = {m.metadata.message_id: self._sites[m.metadata.dst_node_id] for m in requests}
+        kept = []
+        for reply in sorted(replies, key=lambda r: asked[r.metadata.reply_to_message_id].name):
+            if reply.has_error() or messages.METRICS not in reply.content.metric_records:
+                continue
+            slot = asked[reply.metadata.reply_to_message_id]
+            kept.append(messages.metrics_for_strategy(reply, slot.weight))
+        if not kept:
+            return {}
+        record = self._strategy.aggregate_evaluate(task.round, kept)
+        return {k: float(v) for k, v in (record or {}).items() if isinstance(v, int | float)}
+
+
+def _attach_buffers(requests: Sequence[Message], arrays: PackedArrays) -> None:
+    """Strategies see parameters only; sites need the buffers too."""
+    full = messages.to_array_record(arrays)
+    for request in requests:
+        if len(request.content.array_records[messages.ARRAYS]) != len(full):
+            request.content[messages.ARRAYS] = full
+
+
+def _as_dtype(merged: NDArray[Any], like: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Mean back to the buffer's dtype; counters are rounded."""
+    if merged.shape != like.shape:
+        raise FederationError(f"the strategy returned shape {merged.shape}, expected {like.shape}")
+    if like.dtype.kind in "iub":
+        merged = np.rint(merged)
+    return merged.astype(like.dtype, copy=False)
+
+
+def _moving_average(
+    average: PackedArrays, arrays: PackedArrays, decay: float
+) -> PackedArrays | None:
+    """Exponential moving average of the parameters; buffers follow the newest weights."""
+    if not decay:
+        return None
+    buffers = {
+        key: (
+            (decay * average.buffers[key] + (1 - decay) * values).astype(values.dtype)  # type: ignore[operator]
+            if key.startswith("parameters.float")
+            else values
+        )
+        for key, values in arrays.buffers.items()
+    }
+    return PackedArrays(arrays.table, buffers)

@@ -1,0 +1,32 @@
+"""Flower's server edge: one main function that runs a coordinator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedmed.federation.coordinator import Coordinator
+from fedmed.federation.state import ServerState
+
+
+def make_server_app(
+    coordinator_of: Callable[[Grid], Coordinator],
+    start: ServerState,
+    done: Callable[[ServerState], None],
+) -> ServerApp:
+    """Server app that drives a coordinator from a state to the end of its plan.
+
+    Args:
+        coordinator_of: builds the coordinator once the grid is known.
+        start: a fresh state or a checkpoint.
+        done: takes the final state.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:  # noqa: ARG001 - Flower's signature
+        done(coordinator_of(grid).run(start))
+
+    return app

@@ -1,0 +1,1 @@
+"""Grids that stand for a network: in this process, or Ray actors."""

@@ -1,0 +1,139 @@
+"""The coordinator's whole state between rounds, and its checkpoint on disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from fedmed.errors import CheckpointError, FedmedError
+from fedmed.federation.files import save_arrays
+from fedmed.federation.messages import decode_table, encode_table
+from fedmed.types import PackedArrays
+
+_KEEP = 2
+_NAME = re.compile(r"round_(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything that the next round needs.
+
+    Attributes:
+        round: rounds completed.
+        arrays: global weights.
+        ema: exponential moving average of the global weights, or None.
+        strategy: the strategy's own arrays by a flat key.
+        layout: JSON that says how the strategy's arrays go back.
+        failures: count of failed answers by ``"site: code"``.
+        seconds: wall time so far.
+    """
+
+    round: int
+    arrays: PackedArrays
+    ema: PackedArrays | None = None
+    strategy: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    layout: str = "{}"
+    failures: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def released(self) -> PackedArrays:
+        """The weights to use: the moving average where one is kept."""
+        return self.ema or self.arrays
+
+
+class Checkpoints:
+    """Round checkpoints in a folder; the last two are kept.
+
+    Args:
+        folder: ``<run>/checkpoints``.
+        plan: fingerprint of the plan; a checkpoint of another plan is refused.
+    """
+
+    def __init__(self, folder: Path, plan: str) -> None:
+        self._folder = folder
+        self._plan = plan
+
+    def save(self, state: ServerState) -> None:
+        """Write one file, atomically.
+
+        Raises:
+            CheckpointError: disk full or folder not writable; earlier checkpoints stay.
+        """
+        arrays: dict[str, NDArray[np.generic]] = {}
+        arrays.update({f"global/{k}": v for k, v in state.arrays.buffers.items()})
+        if state.ema is not None:
+            arrays.update({f"ema/{k}": v for k, v in state.ema.buffers.items()})
+        arrays.update({f"strategy/{k}": v for k, v in state.strategy.items()})
+        facts = {
+            "plan": self._plan,
+            "round": str(state.round),
+            "table": encode_table(state.arrays.table),
+            "layout": state.layout,
+            "failures": json.dumps(state.failures),
+            "seconds": repr(state.seconds),
+        }
+        save_arrays(self._folder / f"round_{state.round:06d}.safetensors", arrays, facts)
+        for path in self._files()[:-_KEEP]:
+            path.unlink(missing_ok=True)
+
+    def latest(self) -> ServerState | None:
+        """Newest readable checkpoint, or None if there is none at all.
+
+        Raises:
+            CheckpointError: checkpoints exist, but none can be read or they belong to
+                another plan.
+        """
+        files = self._files()
+        for path in reversed(files):
+            try:
+                return self._load(path)
+            except (SafetensorError, KeyError, ValueError, OSError):
+                continue
+        if files:
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} can be read", "start a new run instead"
+            )
+        return None
+
+    def _load(self, path: Path) -> ServerState:
+        with safe_open(path, framework="numpy") as f:
+            facts = f.metadata()
+            stored = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a mapping
+        if facts["plan"] != self._plan:
+            raise CheckpointError(
+                f"{path.name} belongs to another plan", "resume with the run's own configuration"
+            )
+        groups: dict[str, dict[str, NDArray[np.generic]]] = {
+            "global": {},
+            "ema": {},
+            "strategy": {},
+        }
+        for key, value in stored.items():
+            group, _, name = key.partition("/")
+            groups[group][name] = value
+        try:
+            table = decode_table(facts["table"])
+        except FedmedError as error:
+            raise ValueError(str(error)) from error
+        return ServerState(
+            round=int(facts["round"]),
+            arrays=PackedArrays(table, groups["global"]),
+            ema=PackedArrays(table, groups["ema"]) if groups["ema"] else None,
+            strategy=groups["strategy"],
+            layout=facts["layout"],
+            failures=json.loads(facts["failures"]),
+            seconds=float(facts["seconds"]),
+        )
+
+    def _files(self) -> list[Path]:
+        if not self._folder.is_dir():
+            return []
+        return sorted(p for p in self._folder.iterdir() if _NAME.fullmatch(p.name))

@@ -1,0 +1,59 @@
+"""What the coordinator checks of every answer before a strategy may see it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed.errors import UpdateRejected
+from fedmed.types import ClientUpdate, PackedArrays
+
+
+def squared_norm(values: NDArray[np.generic]) -> float:
+    """Sum of squares, in one pass where float32 does not overflow."""
+    if values.dtype.kind != "f":
+        return 0.0
+    total = float(np.dot(values, values))
+    if math.isfinite(total):
+        return total
+    wide = values.astype(np.float64)
+    return float(np.dot(wide, wide))
+
+
+def check_update(
+    update: ClientUpdate,
+    *,
+    run_id: str,
+    round_: int,
+    site: str,
+    current: PackedArrays,
+    max_norm: float | None,
+) -> None:
+    """Refuse an update that is not this round's, not finite or too far away.
+
+    Names, shapes and dtypes are checked while the message is read.
+
+    Args:
+        max_norm: most the parameters may move, L2, or None.
+
+    Raises:
+        UpdateRejected: names the site and what is wrong.
+    """  # fmt: skip
+    if (update.run_id, update.round, update.site) != (run_id, round_, site):
+        raise UpdateRejected(
+            f"update claims run {update.run_id}, round {update.round}, site {update.site!r}, "
+            f"expected {run_id}, {round_}, {site!r}"
+        )
+    moved = 0.0
+    for key, values in update.arrays.buffers.items():
+        if not math.isfinite(squared_norm(values)):
+            raise UpdateRejected(f"buffer {key!r} of site {site!r} is not finite")
+        if max_norm is not None and key.startswith("parameters."):
+            moved += squared_norm(values - current.buffers[key])  # type: ignore[operator]
+    if max_norm is not None and math.sqrt(moved) > max_norm:
+        raise UpdateRejected(
+            f"update of site {site!r} moves the weights by {math.sqrt(moved):.4g}, more than "
+            f"federation.max_update_norm={max_norm:g}"
+        )
