@@ -25,6 +25,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from fedmed.config.schema import Config
 from fedmed.errors import ConfigError
 
+# mappings whose keys are checked by their owners
+_FREE = ("model.params.", "strategy.params.", "data.source.options.")
 _DP_KEYS = ("privacy.target_epsilon=", "privacy.noise_multiplier=")
 
 
@@ -60,8 +62,12 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else "`fedmed config show` lists every key"
 
 
-def _check_override(text: str) -> None:
-    """Refuse a key or group choice that does not exist, before Hydra words it its own way."""
+def _checked(text: str) -> str:
+    """Refuse a key or group choice that does not exist, before Hydra words it its own way.
+
+    Returns:
+        The override; a key of a free mapping (``model.params.x``) as one that may be new.
+    """
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -77,11 +83,13 @@ def _check_override(text: str) -> None:
                 f"{key}={value}: there is no such choice",
                 f"{_nearest(value, options(key))} (there are {', '.join(options(key))})",
             )
-        return
+        return text
     known = known_keys()
-    free = ("params", "options")  # mappings whose keys are checked by their owners
-    if key not in known and not any(f".{name}." in f".{key}" for name in free):
-        raise ConfigError(f"unknown key {key!r}", _nearest(key, known))
+    if key in known:
+        return text
+    if key.startswith(_FREE):
+        return f"++{text.lstrip('+')}"
+    raise ConfigError(f"unknown key {key!r}", _nearest(key, known))
 
 
 def _explain(error: Exception) -> ConfigError:
@@ -109,13 +117,12 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: a key, value or choice is wrong.
     """
-    for text in overrides:
-        _check_override(text)
+    checked = [_checked(text) for text in overrides]
     ConfigStore.instance().store(name="base_config", node=Config)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            tree = compose("config", overrides=list(overrides))
+            tree = compose("config", overrides=checked)
         OmegaConf.resolve(tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error) from error

@@ -1,15 +1,14 @@
-"""Files that are there whole or not at all, and their hashes."""
+"""A site folder's files: written whole or not at all, and their hashes."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from fedmed import files
 from fedmed.errors import DataError
 
 
@@ -20,17 +19,11 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DataError: the folder is full, missing or not writable.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("xb") as file:
+        with files.atomic_writer(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise unwritable(path.parent, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def unwritable(folder: Path, error: OSError) -> DataError:

@@ -1,9 +1,7 @@
-"""Files written whole or not at all."""
+"""A run's files, written whole or not at all."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,28 +10,20 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_numpy
 
 from fedmed.errors import CheckpointError
+from fedmed.files import atomic_writer
 
 
-def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Write to a temporary name in the same folder, sync, then rename.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; the old file stays.
     """
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.chmod(mode)
-        temporary.replace(path)
+        with atomic_writer(path) as file:
+            file.write(content)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path}: {error.strerror}", "free space or choose another folder"
         ) from error

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedmed.errors import CheckpointError, DataError
+from fedmed.files import atomic_writer
 from fedmed.report.summary import MetricMap, Summary
 
 SUMMARY = "summary.json"
@@ -34,8 +35,8 @@ def write_summary(path: Path, summary: Summary) -> None:
         CheckpointError: the file cannot be written.
     """
     text = json.dumps(_strict(summary.to_json()), indent=2, ensure_ascii=False, allow_nan=False)
-    with _writing(path):
-        _replace(_inside(path, SUMMARY), text + "\n")
+    with _writing(path), atomic_writer(_inside(path, SUMMARY)) as file:
+        file.write(f"{text}\n".encode())
 
 
 def read_summary(path: Path) -> Summary:
@@ -89,10 +90,9 @@ class MetricsLog:
         self._pending: list[str] = []
         with _writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [
-                json.dumps(r, ensure_ascii=False) for r in read_metrics(self._path, resume_after)
-            ]
-            _replace(self._path, "".join(f"{row}\n" for row in kept))
+            kept = read_metrics(self._path, resume_after)
+            with atomic_writer(self._path) as file:
+                file.writelines(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in kept)
             self._file = self._path.open("a", encoding="utf-8")
 
     def append(
@@ -180,19 +180,6 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _inside(path: Path, name: str) -> Path:
     return path if path.name == name else path / name
-
-
-def _replace(path: Path, text: str) -> None:
-    """Puts ``text`` at ``path`` in one step, durable when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
