@@ -7,10 +7,12 @@ What arrives by message is decoded here and only here, by the declared types of
 from __future__ import annotations
 
 import json
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fedmed.errors import ConfigError
@@ -85,6 +87,8 @@ def _build_scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is type(None) and value is None:
         return None
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:  # also NaN, and integers that no float holds
+            raise _wrong(where, "a finite number")
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
@@ -102,10 +106,16 @@ def _build_union(kind: Any, value: Any, where: str) -> Any:
     raise _wrong(where, " or ".join(getattr(c, "__name__", str(c)) for c in choices))
 
 
+@cache
+def _hints(kind: type) -> Mapping[str, Any]:
+    """Declared types; evaluating them costs more than the rest of a record."""
+    return get_type_hints(kind, localns={"np": types.SimpleNamespace(int64=int, generic=int)})
+
+
 def _build_record(kind: type[T], value: Any, where: str, **given: Any) -> T:
     if not isinstance(value, dict):
         raise _wrong(where, "a mapping")
-    hints = get_type_hints(kind, localns={"np": types.SimpleNamespace(int64=int, generic=int)})
+    hints = _hints(kind)  # type: ignore[arg-type] # classes are hashable
     declared = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     for name in value:
         if name not in declared or name in given:
@@ -127,6 +137,6 @@ def decode(kind: type[T], text: str, **given: Any) -> T:
     """
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{kind.__name__} is not valid JSON", "resend the message") from error
     return _build_record(kind, value, kind.__name__, **given)

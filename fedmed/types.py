@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -18,6 +19,10 @@ from numpy.typing import NDArray
 
 from fedmed.errors import ConfigError
 
+MOST_STEPS = 1_000_000
+"""Most rounds, steps and images a batch that any plan may ask for."""
+NORMS = (1e-6, 1e6)
+"""Range of clipping bounds; beyond it float32 rounding can break them."""
 Scalar = str | int | float | bool | None
 
 
@@ -156,8 +161,10 @@ class TrainerSpec:
 
     def __post_init__(self) -> None:
         for name in ("local_steps", "batch_size", "physical_batch_size", "augment_copies"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"expected trainer.{name}={getattr(self, name)} >= 1")
+            if not 1 <= getattr(self, name) <= MOST_STEPS:
+                raise ConfigError(
+                    f"expected trainer.{name}={getattr(self, name)} in [1, {MOST_STEPS}]"
+                )
         if not 0 <= self.lr_decay <= 1:
             raise ConfigError(f"expected trainer.lr_decay={self.lr_decay} in [0, 1]")
 
@@ -241,6 +248,7 @@ class DPRequest:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"expected privacy.{name}={value} > 0 and finite")
+        _within("privacy.max_grad_norm", self.max_grad_norm, *NORMS)
         if self.delta is not None and not 0 < self.delta < 1:
             raise ConfigError(f"expected privacy.delta={self.delta} in (0, 1)")
         if self.total_steps < 1 or self.max_images_per_unit < 1:
@@ -269,8 +277,7 @@ class DPSpec:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
             raise ConfigError(f"expected noise_multiplier={self.noise_multiplier} > 0")
-        if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
-            raise ConfigError(f"expected max_grad_norm={self.max_grad_norm} > 0")
+        _within("max_grad_norm", self.max_grad_norm, *NORMS)
         if not 0 < self.sample_rate <= 1:
             raise ConfigError(f"expected sample_rate={self.sample_rate} in (0, 1]")
         if not 0 < self.delta < 1:
@@ -345,7 +352,8 @@ class TrainTask:
 
     Attributes:
         run_id: names the run; with ``round`` it identifies an update.
-        personal: regular expressions; matching tensors never leave the site (FedBN).
+        personal: shell patterns; tensors whose name contains a match never leave the site
+            (FedBN).
         proximal_mu: FedProx' pull towards the received weights, 0 for none.
         seed: the study's seed; governs augmentation and dropout, never DP noise.
         dp: None asks for training without differential privacy.
@@ -365,6 +373,16 @@ class TrainTask:
     personal: tuple[str, ...] = ()
     proximal_mu: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", self.run_id):
+            raise ConfigError("run_id is not 1 to 64 letters, digits, _ or -")
+        if not 1 <= self.round <= self.rounds <= MOST_STEPS:
+            raise ConfigError(
+                f"expected round={self.round} in [1, rounds={self.rounds}], at most {MOST_STEPS}"
+            )
+        if not (math.isfinite(self.proximal_mu) and self.proximal_mu >= 0):
+            raise ConfigError(f"expected proximal_mu={self.proximal_mu} >= 0")
 
 
 @dataclass(frozen=True)

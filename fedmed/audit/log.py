@@ -188,6 +188,32 @@ class AuditLog:
             return  # the next opening sets the torn line aside
 
 
+class DeferredAuditLog:
+    """A log that is opened at its first append.
+
+    For a process that only looks at a site: it leaves the log to the process that writes it.
+
+    Args:
+        path: as for :class:`AuditLog`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = path
+        self._log: AuditLog | None = None
+
+    def append(self, event: str, **facts: Scalar) -> str:
+        """See :meth:`AuditLog.append`; the first call also raises what opening raises."""
+        if self._log is None:
+            self._log = AuditLog(self._path)
+        return self._log.append(event, **facts)
+
+    def close(self) -> None:
+        """Release the log, if it was opened."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
 def verify(path: Path | str, head: str | None = None) -> Verified:
     """Check every line of a log, and that it ends at ``head`` if that is given.
 

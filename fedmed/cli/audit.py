@@ -28,9 +28,13 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         AuditError: the log is broken, or does not end with ``--head``.
+        DataError: there is no such file.
     """
     from fedmed.audit.log import verify
+    from fedmed.errors import DataError
 
+    if not args.path.is_file():
+        raise DataError(f"{args.path} is not a file", "give an audit.jsonl, a site keeps its own")
     verified = verify(args.path, head=args.head)
     if args.json:
         facts = {"path": str(args.path), "entries": verified.entries, "head": verified.head}

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fedmed import __version__
 from fedmed.cli import audit, compare, config, data, listing, run
-from fedmed.errors import FedmedError
+from fedmed.errors import FedmedError, UsageError
 
 _VERBS = (run, data, compare, listing, config, audit)
 
 
+_CALLERS_FAULT = frozenset(
+    {
+        errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+        errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP,
+    }
+)  # fmt: skip
+"""A path that is wrong, closed to us or full: its giver can mend it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error does, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see `{self.prog} --help`\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    root = argparse.ArgumentParser(
+    root = _Parser(
         prog="fedmed",
         description="Federated learning for clinical imaging with patient-level "
         "differential privacy.",
@@ -49,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.handler(args))
     except FedmedError as error:
-        return _report(error, error.exit_code, str(error), debug)
+        return _report(error, error.exit_code, _line(error), debug)
     except KeyboardInterrupt as error:
         return _report(error, 130, "stopped", debug)
     except BrokenPipeError:
@@ -58,7 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _report(error, 1, f"{where}{error.strerror or error}", debug)
+        message = f"{where}{error.strerror or error}; check the path, its permissions and space"
+        return _report(error, 2 if error.errno in _CALLERS_FAULT else 1, message, debug)
+    except Exception as error:
+        # the text of an unforeseen error may hold data: its type has to do
+        message = f"unexpected {type(error).__name__}; run again with --debug to see where"
+        return _report(error, 1, message, debug)
+
+
+def _line(error: FedmedError) -> str:
+    """Problem and remedy; a refused value without a remedy of its own is to be changed."""
+    key = re.match(r"(?:expected )?(?:\w+ )?(\w[\w.]*)=", error.problem)
+    if isinstance(error, UsageError) and not error.remedy:
+        return f"{error}; {f'change {key[1]}' if key else 'see `fedmed config show`'}"
+    return str(error)
 
 
 def _report(error: BaseException, status: int, message: str, debug: bool) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fedmed.config.schema import Config
-    from fedmed.experiment.runner import Outcome
+    from fedmed.experiment.outcome import Outcome
     from fedmed.report.summary import Summary
 
 
@@ -40,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
     if len(points) > 1 and not args.multirun:
         from fedmed.errors import ConfigError
 
-        raise ConfigError("several values for one key", "add --multirun to run each of them")
+        raise ConfigError(
+            f"{_label(points[0], points).replace(' ', ', ')} is one of {len(points)} runs",
+            "add --multirun to run them all, or write a list as key=[a,b]",
+        )
     done: list[tuple[str, Outcome]] = []
     for index, overrides in enumerate(points):
         outcome = _one(overrides, index if args.multirun else None)
@@ -53,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.multirun:
         _show_sweep([(label, o.summary) for label, o in done])
         for label, outcome in done:
+            _show_skipped(outcome.summary, label)
             print(f"{label}: {outcome.folder}")
     return 0
 
@@ -88,7 +92,7 @@ def _config_and_folder(overrides: Sequence[str], index: int | None) -> tuple[Con
             raise ConfigError(
                 "resume= takes no other override", "a resumed run keeps its own configuration"
             )
-        folder = Path(resumed[-1])
+        folder = Path(resumed[-1].strip("\"'"))
         return resume_config(folder), folder
     config = load(overrides)
     folder = _new_folder(config)
@@ -126,7 +130,14 @@ def _show(outcome: Outcome) -> None:
     from fedmed.report.tables import print_table, result_table
 
     print_table(result_table(outcome.summary))
+    _show_skipped(outcome.summary)
     print(f"run folder: {outcome.folder}")
+
+
+def _show_skipped(summary: Summary, label: str = "") -> None:
+    if summary.skipped:
+        prefix = f"{label}: " if label else ""
+        print(f"{prefix}unreadable images skipped: {summary.skipped} (see `fedmed data check`)")
 
 
 def _show_sweep(rows: Sequence[tuple[str, Summary]]) -> None:

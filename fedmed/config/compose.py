@@ -18,15 +18,17 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, ConfigTypeError, OmegaConfBaseException
 
 from fedmed.config.schema import Config
 from fedmed.errors import ConfigError
 
 # mappings whose keys are checked by their owners
-_FREE = ("model.params.", "strategy.params.", "data.source.options.")
+_FREE = ("model.params", "strategy.params", "data.source.options")
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 _DP_KEYS = ("privacy.target_epsilon=", "privacy.noise_multiplier=")
 
 
@@ -62,33 +64,53 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else "`fedmed config show` lists every key"
 
 
+def _wanted(key: str) -> str:
+    """What a key takes, in words, from the schema's annotation."""
+    node: Any = Config()
+    *sections, name = key.split(".")
+    for section in sections:
+        node = getattr(node, section, None)
+    declared = {f.name: str(f.type) for f in fields(node)} if is_dataclass(node) else {}
+    kind = declared.get(name, "")
+    base = kind.removesuffix(" | None")
+    word = "a list, [a,b]" if base.startswith("list") else _KINDS.get(base, "another value")
+    return word if base == kind else f"{word} or null"
+
+
+def _parsed(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(
+            f"cannot read override {text!r}", "write it as key=value, lists as key=[a,b]"
+        ) from error
+
+
 def _checked(text: str) -> str:
     """Refuse a key or group choice that does not exist, before Hydra words it its own way.
 
     Returns:
         The override; a key of a free mapping (``model.params.x``) as one that may be new.
     """
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        raise ConfigError(
-            f"cannot read override {text!r}", "write it as key=value, lists as key=[a,b]"
-        ) from error
+    override = _parsed(text)
     key = override.key_or_group.lstrip("/")
     groups = {p.name for p in config_dir().iterdir() if p.is_dir()}
     if key in groups:
         value = override.value()
-        if isinstance(value, str) and value not in options(key):
+        if not isinstance(value, dict | None) and value not in options(key):
+            near = difflib.get_close_matches(str(value), options(key), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? There are" if near else "there are"
             raise ConfigError(
-                f"{key}={value}: there is no such choice",
-                f"{_nearest(value, options(key))} (there are {', '.join(options(key))})",
+                f"{key}={value}: there is no such choice", f"{hint} {', '.join(options(key))}"
             )
         return text
     known = known_keys()
+    if key.startswith(tuple(f"{name}." for name in _FREE)) or (
+        key in _FREE and isinstance(override.value(), dict)
+    ):
+        return f"++{text.lstrip('+')}"
     if key in known:
         return text
-    if key.startswith(_FREE):
-        return f"++{text.lstrip('+')}"
     raise ConfigError(f"unknown key {key!r}", _nearest(key, known))
 
 
@@ -102,12 +124,14 @@ def _explain(error: Exception) -> ConfigError:
     if isinstance(cause, ConfigKeyError):
         key = str(full_key or first)
         return ConfigError(f"unknown key {key!r}", _nearest(key, known_keys()))
-    if isinstance(cause, ValidationError):
-        return ConfigError(
-            f"{full_key or 'value'}: {first}", "see the key's type in `fedmed config show`"
-        )
     if isinstance(cause, MissingConfigException):
         return ConfigError(first, "`fedmed list experiments` shows what there is")
+    if full_key:
+        if "is not Optional" in first:
+            first = "may not be null"
+        elif isinstance(cause, ConfigTypeError):
+            first = "a list and a mapping are mixed up"
+        return ConfigError(f"{full_key}: {first}", f"give {_wanted(str(full_key))}")
     return ConfigError(re.sub(r"\s+", " ", first), "`fedmed config show` lists every key")
 
 
@@ -153,7 +177,10 @@ def load(overrides: Sequence[str]) -> Config:
         # going on without any privacy would not be what was asked for
         if any(o.startswith("privacy=") for o in overrides):
             raise ConfigError(f"{asked[0]} is given, but privacy=none", "use privacy=dpsgd")
-        config = _typed(compose_tree([*overrides, "privacy=dpsgd"]))
+        overrides = [*overrides, "privacy=dpsgd"]
+        config = _typed(compose_tree(overrides))
+    if len(asked) == 1 and asked[0].startswith("privacy.noise_multiplier="):
+        config.privacy.target_epsilon = None  # that of the shipped choice gives way
     if config.experiment_name == "experiment":
         config.experiment_name = config.data.name
     return config
@@ -171,7 +198,12 @@ def load_file(path: Path) -> Config:
         raise ConfigError(f"cannot read {path}", "give a run folder made by fedmed run") from error
     except Exception as error:  # YAML errors share no base with OmegaConf's
         raise ConfigError(f"{path} is not valid YAML", "restore the run's config.yaml") from error
-    return _typed(tree)
+    if not isinstance(tree, DictConfig) or not tree:
+        raise ConfigError(f"{path} holds no configuration", "restore the run's config.yaml")
+    try:
+        return _typed(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.problem}", error.remedy) from error
 
 
 def to_yaml(config: Config) -> str:
@@ -187,10 +219,7 @@ def sweep(overrides: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """
     axes: list[list[str]] = []
     for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise ConfigError(f"cannot read override {text!r}", "write key=a,b,c") from error
+        override = _parsed(text)
         if override.is_sweep_override():
             key = override.get_key_element()
             axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])

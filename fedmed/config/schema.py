@@ -28,6 +28,7 @@ class PartitionConfig:
     sites: int = 4
     alpha: float = 0.5
     column: str | None = None
+    seed: int | None = None  # of iid and dirichlet; None: the study's seed
     merge_below: int = 0  # site and by_column: smaller sites become one, "other"
 
 
@@ -171,6 +172,7 @@ class SiteConfig:
     allowed_units: list[str] = field(default_factory=lambda: ["patient", "image"])
     accountant: str = "rdp"  # rdp | prv
     state_dir: str | None = None  # None: inside the run folder
+    cohort_size: int | None = None  # public size as the hospital declares it; None: n, in tens
 
 
 @dataclass

@@ -6,6 +6,7 @@ Withdrawn consent is the exception: ``optout.csv`` is read again whenever images
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,6 +111,14 @@ class SiteData:
             offsets=np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64),
             images=np.array([i for images in units.values() for i in images], dtype=np.int64),
         )
+
+    def digest(self) -> str:
+        """Hash of the site's rows and targets, in order; tells whether its data has changed."""
+        digest = hashlib.sha256()
+        for split, part in sorted(self.splits.items()):
+            digest.update(repr((split, [r.image for r in part.records])).encode())
+            digest.update(part.targets.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def split(self, split: Split) -> PreparedSplit:
         """A split without patients who opted out by now.

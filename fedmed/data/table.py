@@ -72,6 +72,10 @@ def unreadable(path: Path, error: OSError) -> DataError:
         return DataError(
             f"{path.parent} has no {path.name}", "see `fedmed data import` to make a site folder"
         )
+    if isinstance(error, NotADirectoryError) and path.parent.exists():
+        return DataError(
+            f"site folder {path.parent} is a file", f"give the folder that holds {path.name}"
+        )
     return DataError(
         f"{path} cannot be read ({error.strerror or type(error).__name__})",
         "check the path and its permissions",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,7 @@ def site_policy(config: Config) -> SitePolicy:
             for u in site.allowed_units
         ),
         accountant=site.accountant,
+        cohort_size=site.cohort_size,
     )
 
 
@@ -166,10 +169,32 @@ def train_task(config: Config, run_id: str) -> TrainTask:
     )
 
 
-def scaled_batch(task: TrainTask, factor: int) -> TrainTask:
-    """The same steps with ``factor`` times the batch: the pooled reference sees as many images."""
-    trainer = replace(task.trainer, batch_size=task.trainer.batch_size * factor)
+def pooled_batch(task: TrainTask, units: Sequence[int], fraction: float) -> TrainTask:
+    """The task of the pooled reference: the same steps, as many units a step as all sites have.
+
+    Args:
+        units: each hospital's training units.
+        fraction: share of the sites that trains each round.
+    """
+    batch = sum(min(task.trainer.batch_size, n) for n in units) * fraction
+    trainer = replace(task.trainer, batch_size=max(1, round(batch)))
     return replace(task, trainer=trainer)
+
+
+def absolute_paths(config: Config) -> Config:
+    """The same configuration, meaning the same folders wherever a run is resumed from."""
+    config = copy.deepcopy(config)
+    for section, name in (
+        (config.data, "root"),
+        (config.data.source, "path"),
+        (config.model, "pretrained"),
+        (config.site, "state_dir"),
+        (config.paths, "cache_dir"),
+    ):
+        value = getattr(section, name)
+        if value is not None:
+            setattr(section, name, str(Path(value).absolute()))
+    return config
 
 
 def _scalars(key: str, value: Any) -> Scalar | tuple[Scalar, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -10,21 +12,25 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save as save_tensors
-
 from fedmed import __version__
-from fedmed.codec import encode, plain
+from fedmed.codec import encode
 from fedmed.config.compose import load_file, to_yaml
-from fedmed.config.schema import Config
-from fedmed.errors import CheckpointError, ConfigError
-from fedmed.evaluation.records import Evaluation
-from fedmed.experiment.plan import MODES, one_of, scaled_batch, train_task
+from fedmed.config.schema import Config, LoggerConfig, PathsConfig
+from fedmed.errors import CheckpointError, FederationError
+from fedmed.experiment.checks import (
+    check_settings,
+    check_shared,
+    check_sites,
+    check_space,
+    check_writable,
+)
+from fedmed.experiment.outcome import Finished, Outcome, conclude
+from fedmed.experiment.plan import absolute_paths, pooled_batch, train_task
 from fedmed.experiment.sites import (
     Leg,
     handler_of,
     load_hospitals,
     open_legs,
-    synthetic,
     worker_handler,
 )
 from fedmed.experiment.watch import Judge, Watcher
@@ -33,24 +39,25 @@ from fedmed.federation.files import write_atomic
 from fedmed.federation.server_app import make_server_app
 from fedmed.federation.simulation.grid import InProcessGrid, context_of
 from fedmed.federation.state import Checkpoints, ServerState
-from fedmed.federation.strategies import STRATEGIES, Strategy, make_strategy
+from fedmed.federation.strategies import Strategy, make_strategy
 from fedmed.report.progress import Progress
-from fedmed.report.runfolder import GLOBAL, MetricsLog, read_metrics, write_summary
-from fedmed.report.summary import SitePrivacy, Summary
+from fedmed.report.runfolder import MetricsLog, read_metrics
 from fedmed.report.tracking import MlflowTracker, NullTracker, TensorBoardTracker, Tracker
 from fedmed.training.arrays import pack
 from fedmed.training.build import build
-from fedmed.types import PrivacyUnit, Split, TrainTask
+from fedmed.types import PrivacyUnit, TrainTask
 
 _RUN_ID = 1  # Flower's own run id; a simulation holds one run
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A finished experiment."""
+class _Start:
+    """What a leg begins or goes on with."""
 
-    folder: Path
-    summary: Summary
+    leg: Leg
+    plan: RunPlan
+    checkpoints: Checkpoints
+    state: ServerState
 
 
 class Experiment:
@@ -66,13 +73,15 @@ class Experiment:
     """
 
     def __init__(self, config: Config, folder: Path, progress: Progress) -> None:
-        one_of("mode", config.mode, MODES)
-        one_of("federation.backend", config.federation.backend, ("inprocess", "ray"))
-        self._config = config
+        self._config = config = absolute_paths(config)
         self._folder = folder
         self._progress = progress
         self._run_id = _run_id(folder)
         self._task = train_task(config, self._run_id)
+        check_settings(config, self._task)
+        check_writable(folder, "paths.output_dir")
+        if config.site.state_dir is not None:
+            check_writable(Path(config.site.state_dir), "site.state_dir")
         self._unit = self._task.dp.unit if self._task.dp else PrivacyUnit.PATIENT
         pretrained = config.model.pretrained
         self._model = build(
@@ -81,8 +90,20 @@ class Experiment:
         )  # fmt: skip
         self._strategy()  # a wrong name or parameter shows before any data is read
         self._hospitals = load_hospitals(config)
+        check_sites(config, self._hospitals, self._unit)
+        self._arrays = pack(
+            self._model, buffers=self._task.dp is None, personal=self._task.personal
+        )
+        check_shared(self._model, self._task.personal, self._arrays)
+        if not (folder / "run.json").exists():
+            legs = len(self._hospitals) if config.mode == "local" else 1
+            check_space(folder, legs, len(self._hospitals), self._arrays.nbytes)
         if config.mode == "centralized":
-            self._task = scaled_batch(self._task, len(self._hospitals))
+            self._task = pooled_batch(
+                self._task,
+                [h.cohort(self._unit).units for h in self._hospitals],
+                config.federation.fraction_sites,
+            )
 
     def run(self) -> Outcome:
         """Train every leg to its last round and judge the result on the test splits.
@@ -102,23 +123,50 @@ class Experiment:
         with ExitStack() as stack:
             for agent in agents:
                 stack.callback(agent.close)
+            starts = [self._start(leg) for leg in legs]  # torn files show before the display
             tracker = self._tracker()
             stack.callback(tracker.close)
             title = self._config.experiment_name
             self._progress.start(self._task.rounds * len(legs), [a.name for a in agents], title)
             stack.callback(self._progress.stop)
-            finals = [(leg, self._run_leg(leg, judge, tracker, watchers)) for leg in legs]
+            done, lost = self._run_legs(starts, judge, tracker, watchers)
             self._progress.stop()
-            return self._conclude(judge, finals)
+            return conclude(
+                self._config, self._task, self._hospitals, self._folder, judge, done, lost
+            )
 
-    def _run_leg(
-        self, leg: Leg, judge: Judge, tracker: Tracker, watchers: dict[str, Watcher]
-    ) -> ServerState:
+    def _run_legs(
+        self,
+        starts: Sequence[_Start],
+        judge: Judge,
+        tracker: Tracker,
+        watchers: dict[str, Watcher],
+    ) -> tuple[list[Finished], dict[str, int]]:
+        """Every leg; one that cannot go on does not take the others with it."""
+        done: list[Finished] = []
+        lost: dict[str, int] = {}
+        for start in starts:
+            try:
+                done.append(Finished(start.leg, self._run_leg(start, judge, tracker, watchers)))
+            except FederationError as error:
+                lost[f"{start.leg.name}: {type(error).__name__}"] = 1
+                if start is starts[-1] and not done:
+                    raise
+        return done, lost
+
+    def _start(self, leg: Leg) -> _Start:
+        """A leg's plan and where its last checkpoint left it."""
         plan = self._plan(leg)
         checkpoints = Checkpoints(leg.folder / "checkpoints", self._fingerprint(plan))
-        arrays = pack(self._model, buffers=self._task.dp is None, personal=self._task.personal)
-        start = checkpoints.latest() or ServerState(round=0, arrays=arrays)
-        with MetricsLog(leg.folder, resume_after=start.round) as log:
+        read_metrics(leg.folder)
+        state = checkpoints.latest() or ServerState(round=0, arrays=self._arrays)
+        return _Start(leg, plan, checkpoints, state)
+
+    def _run_leg(
+        self, start: _Start, judge: Judge, tracker: Tracker, watchers: dict[str, Watcher]
+    ) -> ServerState:
+        leg = start.leg
+        with MetricsLog(leg.folder, resume_after=start.state.round) as log:
             watcher = Watcher(
                 leg, judge, log, tracker, self._progress, rounds=self._task.rounds,
                 every=self._config.federation.evaluate_every, unit=self._unit,
@@ -126,8 +174,10 @@ class Experiment:
             watchers.update(dict.fromkeys(leg.agents, watcher))
             final: list[ServerState] = []
             app = make_server_app(
-                lambda grid: Coordinator(grid, self._strategy(), plan, checkpoints, [watcher]),
-                start,
+                lambda grid: Coordinator(
+                    grid, self._strategy(), start.plan, start.checkpoints, [watcher]
+                ),
+                start.state,
                 final.append,
             )
             grid = self._grid(leg)
@@ -141,31 +191,19 @@ class Experiment:
 
     def _plan(self, leg: Leg) -> RunPlan:
         federation = self._config.federation
-        weighting = one_of("federation.weighting", federation.weighting, ("cohort_size", "uniform"))
+        uniform = federation.weighting == "uniform"
         slots = tuple(
             SiteSlot(
                 node_id=i,
                 name=name,
-                weight=float(agent.declared_size(self._unit)) if weighting != "uniform" else 1.0,
+                weight=1.0 if uniform else float(agent.declared_size(self._unit)),
             )
             for i, (name, agent) in enumerate(sorted(leg.agents.items()), start=2)
         )
-        least = min(federation.min_sites, len(slots)) if len(slots) == 1 else federation.min_sites
-        if least > len(slots):
-            raise ConfigError(
-                f"federation.min_sites={least} is more than the {len(slots)} sites there are",
-                "lower federation.min_sites",
-            )
-        entry = STRATEGIES[self._config.strategy.name]
-        if self._config.mode == "federated" and len(slots) < entry.least_sites:
-            raise ConfigError(
-                f"strategy {entry.name} needs {entry.least_sites} sites, there are {len(slots)}",
-                "choose another strategy or more sites",
-            )
         return RunPlan(
             task=self._task,
             sites=slots,
-            min_sites=least,
+            min_sites=min(federation.min_sites, len(slots)),
             deadline=federation.round_deadline,
             max_update_norm=federation.max_update_norm,
             ema_decay=federation.ema_decay,
@@ -203,96 +241,22 @@ class Experiment:
 
     def _tracker(self) -> Tracker:
         logger = self._config.logger
-        kind = one_of("logger.name", logger.name, ("tensorboard", "mlflow", "none"))
-        if kind == "none":
+        if logger.name == "none":
             return NullTracker()
-        if kind == "mlflow":
+        if logger.name == "mlflow":
             return MlflowTracker(logger.tracking_uri, self._config.experiment_name)
         done = read_metrics(self._folder)
         last = int(done[-1]["round"]) if done else 0
         return TensorBoardTracker(self._folder / "tensorboard", resume_after=last)
 
     def _fingerprint(self, plan: RunPlan) -> str:
-        task = encode(self._task, skip=frozenset({"arrays"}))
-        return f"{task}|{self._config.strategy.name}|{[s.name for s in plan.sites]}"
-
-    def _conclude(self, judge: Judge, finals: Sequence[tuple[Leg, ServerState]]) -> Outcome:
-        if len(finals) > 1 or finals[0][0].folder != self._folder:
-            _gather_metrics(self._folder, [leg.folder for leg, _ in finals])
-        weights = [(leg, state.released) for leg, state in finals]
-        found = judge.evaluate(weights, Split.TEST, surface=True)
-        for leg, state in finals:
-            self._save_model(judge, leg, state)
-        summary = self._summary(found, finals)
-        self._log_test(found, summary)
-        write_summary(self._folder, summary)
-        return Outcome(self._folder, summary)
-
-    def _summary(
-        self, found: Evaluation | None, finals: Sequence[tuple[Leg, ServerState]]
-    ) -> Summary:
-        dp = self._task.dp
-        failures: dict[str, int] = {}
-        for _, state in finals:
-            for key, n in state.failures.items():
-                failures[key] = failures.get(key, 0) + n
-        return Summary(
-            experiment=self._config.experiment_name,
-            mode=self._config.mode,
-            strategy=self._config.strategy.name,
-            model=self._config.model.name,
-            seed=self._config.seed,
-            rounds=finals[0][1].round,
-            seconds=sum(state.seconds for _, state in finals),
-            synthetic=synthetic(self._hospitals),
-            pooled=found.pooled if found else {},
-            sites=found.sites if found else {},
-            unit=str(dp.unit) if dp else None,
-            privacy=self._privacy([leg for leg, _ in finals]),
-            failures=failures,
-        )
-
-    def _privacy(self, legs: Sequence[Leg]) -> dict[str, SitePrivacy]:
-        spent: dict[str, SitePrivacy] = {}
-        for leg in legs:
-            for name in leg.members:
-                agent = leg.agents.get(name) or next(iter(leg.agents.values()))
-                if self._task.dp is None:
-                    spent[name] = SitePrivacy()
-                    continue
-                delta = agent.delta(self._unit, self._task.dp.delta)
-                spent[name] = SitePrivacy(agent.epsilon(self._unit, delta), delta)
-        return spent
-
-    def _save_model(self, judge: Judge, leg: Leg, state: ServerState) -> None:
-        model = judge.network(leg, state.released, "")
-        # one key: the format keeps several in no fixed order, and equal weights should give
-        # equal files
-        facts = {
-            "fedmed": json.dumps(
-                {
-                    "task": plain(self._task.task),
-                    "model": plain(self._task.model),
-                    "dp": self._task.dp is not None,
-                    "synthetic": synthetic(self._hospitals),
-                    "version": __version__,
-                },
-                sort_keys=True,
-            )
-        }
-        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        write_atomic(leg.folder / "model.safetensors", save_tensors(tensors, facts))
-
-    def _log_test(self, found: Evaluation | None, summary: Summary) -> None:
-        if found is None or any(r["split"] == "test" for r in read_metrics(self._folder)):
-            return  # a finished run that was resumed has its rows
-        with MetricsLog(self._folder, resume_after=summary.rounds) as log:
-            for site, values in {**found.sites, GLOBAL: found.pooled}.items():
-                privacy = summary.privacy.get(site)
-                own = privacy.epsilon if privacy else None
-                epsilon = summary.epsilon if site == GLOBAL else own
-                log.append(summary.rounds, site, "test", values, epsilon=epsilon)
-            log.flush()
+        """Hash of what the run's result depends on: settings, task, sites and their rows."""
+        digest = hashlib.sha256(to_yaml(_essence(self._config)).encode())
+        digest.update(encode(self._task, skip=frozenset({"arrays"})).encode())
+        digest.update(repr([(s.name, s.weight) for s in plan.sites]).encode())
+        for hospital in self._hospitals:
+            digest.update(hospital.digest().encode())
+        return digest.hexdigest()
 
 
 def resume_config(folder: Path) -> Config:
@@ -304,6 +268,18 @@ def resume_config(folder: Path) -> Config:
     config = load_file(folder / "config.yaml")
     config.resume = str(folder)
     return config
+
+
+def _essence(config: Config) -> Config:
+    """The configuration without what may change when a run is resumed."""
+    essence = copy.deepcopy(config)
+    essence.resume = None
+    essence.logger = LoggerConfig()
+    essence.paths = PathsConfig()
+    essence.trainer.device = "auto"
+    essence.data.prepare.workers = 1
+    essence.data.prepare.cache = "memory"
+    return essence
 
 
 def _run_id(folder: Path) -> str:
@@ -323,9 +299,3 @@ def _write_run_file(folder: Path, run_id: str, config: Config) -> None:
     write_atomic(folder / "config.yaml", to_yaml(config).encode())
     facts: Mapping[str, str] = {"run_id": run_id, "fedmed": __version__}
     write_atomic(folder / "run.json", json.dumps(facts).encode())
-
-
-def _gather_metrics(folder: Path, parts: Sequence[Path]) -> None:
-    rows = [row for part in parts for row in read_metrics(part) if row["site"] != GLOBAL]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomic(folder / "metrics.jsonl", text.encode())

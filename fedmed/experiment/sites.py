@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedmed.audit.log import AuditLog
+from fedmed.audit.log import AuditLog, DeferredAuditLog
 from fedmed.codec import encode
 from fedmed.config.schema import Config, SourceConfig
 from fedmed.data.importers import IMPORTERS
@@ -16,9 +16,10 @@ from fedmed.data.site import SiteData, load_sites, pool_sites
 from fedmed.data.synthetic import SyntheticSpec, make_phantoms
 from fedmed.errors import CheckpointError, ConfigError
 from fedmed.experiment.plan import one_of, partition_spec, prep_spec, site_policy, task_spec
+from fedmed.federation.accounts import Account, Accounts
 from fedmed.federation.client_app import make_client_app
 from fedmed.federation.simulation.grid import Handler, context_of
-from fedmed.federation.site_agent import Account, SiteAgent
+from fedmed.federation.site_agent import SiteAgent
 from fedmed.privacy.ledger import Ledger
 from fedmed.training.trainer import FitResult, Trainer
 from fedmed.types import TrainTask
@@ -64,6 +65,12 @@ def site_folder(config: Config) -> Path:
         recipe = hashlib.sha256(encode(vars(data.source)).encode()).hexdigest()[:12]
         target = cache / "imports" / f"{data.name}-{recipe}"
         if not target.exists():
+            if not Path(data.source.path).exists():
+                raise ConfigError(
+                    f"data.source.path={data.source.path} does not exist",
+                    "put the raw data there, or say where it is with data.source.path or, for a "
+                    "shipped experiment, with the variable FEDMED_DATA",
+                )
             _import(data.source, Path(data.source.path), target)
         return target
     if not data.name.startswith("synthetic"):
@@ -105,12 +112,19 @@ def _import(source: SourceConfig, path: Path, target: Path) -> None:
 
 def load_hospitals(config: Config) -> tuple[SiteData, ...]:
     """Every simulated hospital's prepared images, in order of name."""
+    seed = config.data.partition.seed
+    drawn = config.data.partition.kind in ("iid", "dirichlet")
+    if drawn and seed is None and config.site.state_dir is not None:
+        raise ConfigError(
+            "site.state_dir keeps ledgers over runs, but the sites are drawn anew by seed",
+            "give data.partition.seed, so that each ledger stays with its patients",
+        )
     return load_sites(
         site_folder(config),
         task_spec(config),
         prep_spec(config),
         partition_spec(config),
-        config.seed,
+        config.seed if seed is None else seed,
         allow_one_class=config.data.allow_one_class,
     )
 
@@ -155,6 +169,9 @@ def open_site(
         charged: hospitals whose budgets the training spends; by default the site's own.
     """
     home = site_home(config, folder, data.name)
+    # With Ray a site's own worker writes its log; the driver only asks after sizes and budgets.
+    log = DeferredAuditLog if config.federation.backend == "ray" else AuditLog
+    policy = site_policy(config)
     accounts = [
         Account(Ledger(site_home(config, folder, name) / "ledger.db"), name)
         for name in (charged or (data.name,))
@@ -162,9 +179,9 @@ def open_site(
     return SiteAgent(
         name=data.name,
         trainer=Trainer(data, config.trainer.device),
-        policy=site_policy(config),
-        accounts=accounts,
-        audit=AuditLog(home / "audit.jsonl"),
+        policy=policy,
+        accounts=Accounts(accounts, policy),
+        audit=log(home / "audit.jsonl"),
         state_dir=home,
         on_fit=on_fit,
     )
@@ -182,6 +199,12 @@ def site_home(config: Config, folder: Path, name: str) -> Path:
         shown.parent.mkdir(parents=True, exist_ok=True)
         if not shown.exists():
             shown.symlink_to(kept, target_is_directory=True)
+        elif shown.resolve() != kept:
+            raise CheckpointError(
+                f"the run's ledger of site {name!r} is in {shown.resolve()}, site.state_dir says "
+                f"{kept}",
+                "resume with the run's own site.state_dir",
+            )
     except OSError as error:
         raise CheckpointError(
             f"cannot make the state folder of site {name!r}: {error.strerror}",
@@ -200,12 +223,9 @@ def handler_of(agent: SiteAgent, node_id: int, run_id: int) -> Handler:
 def worker_handler(config: Config, folder: Path, name: str, node_id: int, run_id: int) -> Handler:
     """A handler built inside a worker process, which reads the site's images itself."""
     hospitals = load_hospitals(config)
-    for leg in open_legs(config, hospitals, folder):
-        if name in leg.agents:
-            return handler_of(leg.agents[name], node_id, run_id)
-    raise ConfigError(f"there is no site {name!r} in this experiment")
-
-
-def synthetic(hospitals: Sequence[SiteData]) -> bool:
-    """Whether any image is a generated phantom."""
-    return any(h.synthetic for h in hospitals)
+    if config.mode == "centralized":
+        names = tuple(h.name for h in hospitals)
+        agent = open_site(config, pool_sites(hospitals, POOLED), folder, charged=names)
+    else:
+        agent = open_site(config, next(h for h in hospitals if h.name == name), folder)
+    return handler_of(agent, node_id, run_id)

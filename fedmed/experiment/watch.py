@@ -21,7 +21,7 @@ from fedmed.federation.state import ServerState
 from fedmed.report.progress import Progress
 from fedmed.report.runfolder import GLOBAL, MetricsLog
 from fedmed.report.tracking import Tracker
-from fedmed.training.arrays import unpack
+from fedmed.training.arrays import personal_state, unpack
 from fedmed.training.build import build
 from fedmed.training.trainer import FitResult, pick_device
 from fedmed.types import PackedArrays, PrivacyUnit, Split, TrainTask
@@ -41,14 +41,22 @@ class Judge:
         self._task = task
         self._model = build(task.model, task.task, dp=task.dp is not None, seed=task.seed)
         self._model.to(pick_device(device))
+        self._initial = personal_state(self._model, task.personal)
 
-    def network(self, leg: Leg, arrays: PackedArrays, site: str) -> nn.Module:
-        """The leg's network as a site uses it; valid until the next call."""
+    def network(self, leg: Leg, arrays: PackedArrays, site: str | None) -> nn.Module:
+        """The leg's network, valid until the next call.
+
+        Args:
+            site: whose personal tensors to use; None, and a site that has none yet, means the
+                initial ones. Those of a leg's only site are the leg's own.
+        """
         unpack(self._model, arrays)
-        agent = leg.agents.get(site)
-        if agent is not None and self._task.personal:
+        if self._task.personal:
+            agents = list(leg.agents.values())
+            agent = agents[0] if len(agents) == 1 else leg.agents.get(site or "")
+            personal = agent.state(self._task.run_id).latest_personal() if agent else {}
             own = self._model.state_dict(keep_vars=True)
-            for name, tensor in agent.state(self._task.run_id).latest_personal().items():
+            for name, tensor in {**self._initial, **personal}.items():
                 own[name].data.copy_(tensor)
         return self._model
 
@@ -94,13 +102,17 @@ class Watcher:
         self._fits[site] = fit
         spent = None
         if fit.released is not None:
-            spent = self._leg.agents[site].epsilon(self._unit, fit.released.delta)
+            accounts = self._leg.agents[site].accounts
+            spent = accounts.epsilon(self._unit, fit.released.delta)
         self._progress.site_done(site, task.round, fit.images, fit.seconds, spent, None)
 
     def round_done(self, state: ServerState, report: RoundReport) -> None:
         """Judge the round's weights and write its rows."""
         for failure in report.failures:
             self._progress.site_done(failure.site, report.round, 0, 0.0, None, failure.reason)
+        for update in report.updates:
+            if update.site not in self._fits:  # trained in another process, which saw the rest
+                self._progress.site_done(update.site, report.round, 0, 0.0, update.epsilon)
         spent = {u.site: u.epsilon for u in report.updates}
         pooled: Mapping[str, float | None] = {}
         if report.round % self._every == 0 or report.round == self._rounds:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedmed.errors import FedmedError, PolicyRefused
-from fedmed.federation.messages import answer, evaluation_answer, read_task, refuse, round_of
+from fedmed.errors import PolicyRefused
+from fedmed.federation.messages import answer, read_task, refuse, round_of
 from fedmed.federation.site_agent import SiteAgent
 from fedmed.types import Refusal
+
+_log = logging.getLogger(__name__)
 
 
 def make_client_app(agent_of: Callable[[Context], SiteAgent]) -> ClientApp:
@@ -27,20 +30,17 @@ def make_client_app(agent_of: Callable[[Context], SiteAgent]) -> ClientApp:
             return act(agent)
         except PolicyRefused as error:
             return _refusal(agent, message, error.code, str(error))
-        except FedmedError as error:
-            return _refusal(agent, message, type(error).__name__, str(error))
+        except Exception as error:
+            # its text may hold local paths or data: that stays in the site's own log
+            _log.debug("site %s failed", agent.name, exc_info=True)
+            return _refusal(
+                agent, message, type(error).__name__, "see the site's own log for what happened"
+            )
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         def act(agent: SiteAgent) -> Message:
             return answer(message, agent.train(read_task(message)))
-
-        return guarded(context, message, act)
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        def act(agent: SiteAgent) -> Message:
-            return evaluation_answer(message, agent.evaluate(read_task(message)))
 
         return guarded(context, message, act)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -77,7 +77,6 @@ class RoundReport:
     updates: tuple[ClientUpdate, ...]
     failures: tuple[Failure, ...]
     seconds: float
-    metrics: Mapping[str, float]
 
 
 class Observer(Protocol):
@@ -149,12 +148,13 @@ class Coordinator:
         self._wait_for_sites(started)
         parameters = messages.to_array_record(state.arrays, ("parameters",))
         with _seeded_sampling(task.seed, round_):
-            requests = sorted(
-                self._strategy.configure_train(
-                    round_, parameters, messages.task_config(task), self._grid
-                ),
-                key=lambda m: m.metadata.dst_node_id,
+            sampled = self._strategy.configure_train(
+                round_, parameters, messages.task_config(task), self._grid
             )
+        requests = sorted(
+            (m for m in sampled if m.metadata.dst_node_id in self._sites),
+            key=lambda m: m.metadata.dst_node_id,
+        )
         _attach_buffers(requests, state.arrays)
         answers, failures = self._collect(requests, task)
         if len(answers) < self._plan.min_sites:
@@ -164,11 +164,8 @@ class Coordinator:
                 + "".join(f"; {f.site}: {f.reason}" for f in failures[:3])
             )
         arrays = self._aggregate(task, answers)
-        metrics = self._evaluate(replace(task, arrays=arrays))
         seconds = time.perf_counter() - started
-        report = RoundReport(
-            round_, tuple(u for _, u in answers), tuple(failures), seconds, metrics
-        )
+        report = RoundReport(round_, tuple(u for _, u in answers), tuple(failures), seconds)
         return self._next(state, arrays, report), report
 
     def _next(self, state: ServerState, arrays: PackedArrays, report: RoundReport) -> ServerState:
@@ -189,7 +186,7 @@ class Coordinator:
 
     def _wait_for_sites(self, started: float) -> None:
         """Flower's sampling waits for ever; wait here, and no longer than the deadline."""
-        while len(list(self._grid.get_node_ids())) < self._plan.min_sites:
+        while len(self._sites.keys() & set(self._grid.get_node_ids())) < self._plan.min_sites:
             if time.perf_counter() - started > self._plan.deadline:
                 raise QuorumNotMet(
                     f"fewer than federation.min_sites={self._plan.min_sites} sites are connected",
@@ -226,7 +223,7 @@ class Coordinator:
         try:
             answer = messages.read_answer(reply, task.arrays.table)
             if isinstance(answer, Refusal):
-                return Failure(slot.name, answer.code, answer.reason)
+                return Failure(slot.name, _shown(answer.code, 64), _shown(answer.reason, 400))
             check_update(
                 answer,
                 run_id=task.run_id,
@@ -237,6 +234,8 @@ class Coordinator:
             )
         except FedmedError as error:
             return Failure(slot.name, "update-rejected", str(error))
+        except Exception as error:  # whatever a site sends costs that site the round
+            return Failure(slot.name, "update-rejected", type(error).__name__)
         return answer
 
     def _aggregate(
@@ -263,7 +262,7 @@ class Coordinator:
         total = sum(weights[u.site] for _, u in answers)
         for key, current in task.arrays.buffers.items():
             if key.startswith("parameters."):
-                merged = record[key].numpy()
+                merged = messages.values_of(record[key])
             else:
                 shares = [weights[u.site] / total for _, u in answers]
                 merged = np.average([u.arrays.buffers[key] for _, u in answers], 0, shares)
@@ -275,30 +274,10 @@ class Coordinator:
                 )
         return PackedArrays(task.arrays.table, buffers)
 
-    def _evaluate(self, task: TrainTask) -> dict[str, float]:
-        """Metrics that the sites' policies let go, averaged by the strategy."""
-        parameters = messages.to_array_record(task.arrays, ("parameters",))
-        with _seeded_sampling(task.seed, -task.round):
-            requests = list(
-                self._strategy.configure_evaluate(
-                    task.round, parameters, messages.task_config(task), self._grid
-                )
-            )
-        if not requests:
-            return {}
-        _attach_buffers(requests, task.arrays)
-        replies = list(self._grid.send_and_receive(requests, timeout=self._plan.deadline))
-        asked = {m.metadata.message_id: self._sites[m.metadata.dst_node_id] for m in requests}
-        kept = []
-        for reply in sorted(replies, key=lambda r: asked[r.metadata.reply_to_message_id].name):
-            if reply.has_error() or messages.METRICS not in reply.content.metric_records:
-                continue
-            slot = asked[reply.metadata.reply_to_message_id]
-            kept.append(messages.metrics_for_strategy(reply, slot.weight))
-        if not kept:
-            return {}
-        record = self._strategy.aggregate_evaluate(task.round, kept)
-        return {k: float(v) for k, v in (record or {}).items() if isinstance(v, int | float)}
+
+def _shown(text: str, most: int) -> str:
+    """A site's words, made safe to print and to keep."""
+    return "".join(c if c.isprintable() else " " for c in text[:most])
 
 
 def _attach_buffers(requests: Sequence[Message], arrays: PackedArrays) -> None:

@@ -13,7 +13,7 @@ from fedmed.errors import CheckpointError
 from fedmed.files import atomic_writer
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write to a temporary name in the same folder, sync, then rename.
 
     Raises:
@@ -21,7 +21,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(path) as file:
+        with atomic_writer(path, mode) as file:
             file.write(content)
     except OSError as error:
         raise CheckpointError(
@@ -30,8 +30,11 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def save_arrays(
-    path: Path, arrays: Mapping[str, NDArray[np.generic]], facts: Mapping[str, str]
+    path: Path,
+    arrays: Mapping[str, NDArray[np.generic]],
+    facts: Mapping[str, str],
+    mode: int = 0o644,
 ) -> None:
     """Write a safetensors file with text metadata, atomically."""
     contiguous = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
-    write_atomic(path, save_numpy(contiguous, dict(facts)))
+    write_atomic(path, save_numpy(contiguous, dict(facts)), mode)

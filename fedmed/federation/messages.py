@@ -9,7 +9,11 @@ facts, or ``config`` with a refusal. Everything is decoded by declared type
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,12 +64,41 @@ class ViewArray(Array):
     def data(self) -> bytes:  # type: ignore[override]
         """NumPy's serialised form, made at first use."""
         if self.__dict__["_data"] is None:
-            self.__dict__["_data"] = Array(self.__dict__["_values"].copy()).data
+            self.__dict__["_data"] = _to_npy(self.__dict__["_values"])
         return self.__dict__["_data"]  # type: ignore[no-any-return]
 
     def numpy(self) -> NDArray[Any]:
         """The shared, read-only values."""
         return self.__dict__["_values"]  # type: ignore[no-any-return]
+
+
+def _to_npy(values: NDArray[np.generic]) -> bytes:
+    """NumPy's file format, as Flower's own arrays hold it, with one copy of the payload."""
+    if values.dtype.hasobject:
+        raise ValueError("an array of objects cannot travel")
+    values = np.ascontiguousarray(values)
+    head = BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(values))
+    return b"".join((head.getvalue(), values.data.cast("B")))
+
+
+def values_of(array: Array) -> NDArray[Any]:
+    """A Flower array's values, read-only and not copied where its bytes allow.
+
+    Raises:
+        ValueError: the bytes are not a one-dimensional array of plain numbers.
+    """
+    if isinstance(array, ViewArray):
+        return array.numpy()
+    source = BytesIO(array.data)  # shares the bytes
+    if array.stype != "numpy.ndarray" or np.lib.format.read_magic(source) != (1, 0):
+        raise ValueError("expected NumPy's format 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(source)
+    if dtype.hasobject or len(shape) != 1:
+        raise ValueError("expected a one-dimensional array of numbers")
+    if len(array.data) - source.tell() != shape[0] * dtype.itemsize:
+        raise ValueError("the payload is shorter or longer than its header says")
+    return np.frombuffer(array.data, dtype, offset=source.tell())
 
 
 def to_array_record(arrays: PackedArrays, kinds: tuple[str, ...] = ()) -> ArrayRecord:
@@ -81,7 +114,13 @@ def to_array_record(arrays: PackedArrays, kinds: tuple[str, ...] = ()) -> ArrayR
     return record
 
 
-def _needed(table: tuple[TensorEntry, ...]) -> dict[str, int]:
+# A run has one table: hashing it is cheaper than walking it. Few are kept, since a sender
+# could make up many.
+_few = lru_cache(maxsize=8)
+
+
+@_few
+def _needed(table: tuple[TensorEntry, ...]) -> Mapping[str, int]:
     """Length of each buffer that a table describes; refuses gaps and overlaps."""
     sizes: dict[str, int] = {}
     for entry in table:
@@ -91,7 +130,7 @@ def _needed(table: tuple[TensorEntry, ...]) -> dict[str, int]:
         for n in entry.shape:
             size *= n
         sizes[entry.buffer] = entry.offset + size
-    return sizes
+    return MappingProxyType(sizes)
 
 
 def to_packed(record: ArrayRecord, table: tuple[TensorEntry, ...]) -> PackedArrays:
@@ -115,7 +154,7 @@ def to_packed(record: ArrayRecord, table: tuple[TensorEntry, ...]) -> PackedArra
                 f"buffer {key!r} is {array.dtype}{list(array.shape)}, expected {dtype}[{length}]"
             )
         try:
-            values = array.numpy()
+            values = values_of(array)
         except (ValueError, TypeError, OSError, EOFError) as error:
             raise UpdateRejected(f"buffer {key!r} cannot be decoded") from error
         if str(values.dtype) != dtype or values.shape != (length,):
@@ -124,11 +163,13 @@ def to_packed(record: ArrayRecord, table: tuple[TensorEntry, ...]) -> PackedArra
     return PackedArrays(table, buffers)
 
 
+@_few
 def encode_table(table: tuple[TensorEntry, ...]) -> str:
     """Table as JSON: ``[[name, buffer, offset, [shape]], …]``."""
     return json.dumps([[e.name, e.buffer, e.offset, list(e.shape)] for e in table])
 
 
+@_few
 def decode_table(text: str) -> tuple[TensorEntry, ...]:
     """Table from JSON.
 
@@ -231,21 +272,6 @@ def for_strategy(reply: Message, update: ClientUpdate, weight: float) -> Message
         }
     )
     clean = Message(content, reply_to=reply)
-    clean.__dict__["_metadata"] = reply.metadata
-    return clean
-
-
-def evaluation_answer(message: Message, metrics: dict[str, float]) -> Message:
-    """Reply to an evaluation message with numbers that the site's policy lets go."""
-    content = RecordDict({METRICS: MetricRecord({WEIGHT: 1.0, **metrics})})
-    return Message(content, reply_to=message)
-
-
-def metrics_for_strategy(reply: Message, weight: float) -> Message:
-    """A metrics reply with the plan's weight in place of the sender's."""
-    record = MetricRecord(dict(reply.content.metric_records[METRICS]))
-    record[WEIGHT] = weight
-    clean = Message(RecordDict({METRICS: record}), reply_to=reply)
     clean.__dict__["_metadata"] = reply.metadata
     return clean
 

@@ -35,7 +35,8 @@ class SitePolicy:
         allowed_models: network names, or None for all that are installed.
         allowed_units: privacy units the hospital accepts.
         accountant: ``rdp`` or ``prv``; used for calibration and for the ledger alike.
-        release_metrics: whether evaluation results may leave; never with DP on.
+        cohort_size: the cohort's public size as the hospital declares it, or None for the
+            number of units at first use, rounded down to tens.
     """
 
     max_epsilon: float
@@ -45,7 +46,7 @@ class SitePolicy:
     allowed_models: tuple[str, ...] | None = None
     allowed_units: tuple[PrivacyUnit, ...] = (PrivacyUnit.PATIENT, PrivacyUnit.IMAGE)
     accountant: str = "rdp"
-    release_metrics: bool = False
+    cohort_size: int | None = None
 
     def __post_init__(self) -> None:
         if math.isnan(self.max_epsilon) or self.max_epsilon <= 0:
@@ -56,6 +57,8 @@ class SitePolicy:
             raise ConfigError(
                 f"expected site.min_noise_multiplier={self.min_noise_multiplier} >= 0"
             )
+        if self.cohort_size is not None and self.cohort_size < 1:
+            raise ConfigError(f"expected site.cohort_size={self.cohort_size} >= 1")
         if self.max_local_steps is not None and self.max_local_steps < 1:
             raise ConfigError(f"expected site.max_local_steps={self.max_local_steps} >= 1")
         if self.accountant not in ("rdp", "prv"):

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from fedmed.audit.log import AuditLog
-from fedmed.errors import PolicyRefused
-from fedmed.evaluation.split import evaluate_split
+from fedmed.errors import FedmedError, PolicyRefused
+from fedmed.federation.accounts import Accounts
 from fedmed.federation.policy import SitePolicy, public_size
 from fedmed.federation.site_state import SiteState, fingerprint
+from fedmed.federation.validation import squared_norm
 from fedmed.privacy.engine import DPEngine, Engine, PlainEngine
-from fedmed.privacy.ledger import Charge, Ledger
 from fedmed.training.trainer import FitResult, Trainer, derived_seed
-from fedmed.types import ClientUpdate, Cohort, DPSpec, PackedArrays, PrivacyUnit, Split, TrainTask
+from fedmed.types import ClientUpdate, DPSpec, PackedArrays, PrivacyUnit, Scalar, TrainTask
 
 
-@dataclass(frozen=True)
-class Account:
-    """One cohort whose budget a site's training spends.
+class Audit(Protocol):
+    """Where a site writes down what it was asked and what left."""
 
-    A site has one; the pooled reference of a simulation has one for every hospital whose
-    images it pools, and charges each.
-    """
+    def append(self, event: str, **facts: Scalar) -> str:
+        """Add one entry; durable before this returns."""
 
-    ledger: Ledger
-    cohort: str
+    def close(self) -> None:
+        """Let go of the log."""
 
 
 class SiteAgent:
@@ -50,39 +47,29 @@ class SiteAgent:
         name: str,
         trainer: Trainer,
         policy: SitePolicy,
-        accounts: Sequence[Account],
-        audit: AuditLog,
+        accounts: Accounts,
+        audit: Audit,
         state_dir: Path,
         on_fit: Callable[[str, TrainTask, FitResult], None] | None = None,
     ) -> None:
         self.name = name
+        self.accounts = accounts
         self._trainer = trainer
         self._policy = policy
-        self._accounts = tuple(accounts)
         self._audit = audit
         self._state_dir = state_dir
         self._on_fit = on_fit
 
-    @property
-    def trainer(self) -> Trainer:
-        """The site's trainer; for local evaluation."""
-        return self._trainer
-
     def declared_size(self, unit: PrivacyUnit) -> int:
-        """Public cohort size, fixed at the first call and the same ever after."""
+        """Public cohort size: the policy's, or the one kept since the first call."""
+        if self._policy.cohort_size is not None:
+            return self._policy.cohort_size
         size = public_size(self._trainer.cohort(unit).units)
-        ledger = self._accounts[0].ledger
-        return ledger.declare_size(f"{self.name}/{unit}", size)
+        return self.accounts.declared_size(f"{self.name}/{unit}", size)
 
     def delta(self, unit: PrivacyUnit, asked: float | None = None) -> float:
         """δ in force at this site."""
         return self._policy.delta_for(self.declared_size(unit), asked)
-
-    def epsilon(self, unit: PrivacyUnit, delta: float) -> float:
-        """Largest ε spent by any charged cohort, over its whole life."""
-        return max(
-            a.ledger.epsilon(a.cohort, unit, delta, self._policy.accountant) for a in self._accounts
-        )
 
     def close(self) -> None:
         """Let go of the audit log, so that another process of this site may write it."""
@@ -97,109 +84,104 @@ class SiteAgent:
 
         Raises:
             PolicyRefused: the policy, the budget or the result forbids an answer.
-            LedgerError, AuditError: the site's books cannot be kept; nothing was trained.
+            ConfigError, ModelError, UpdateRejected: the task cannot be carried out.
+            LedgerError, AuditError, CheckpointError: the site's books cannot be kept.
         """
+        try:
+            return self._train(task)
+        except FedmedError as error:
+            self._audit.append(
+                "task-refused",
+                run=task.run_id,
+                round=task.round,
+                code=getattr(error, "code", type(error).__name__),
+                reason=str(error),
+            )
+            raise
+
+    def _train(self, task: TrainTask) -> ClientUpdate:
         state = self.state(task.run_id)
         stored = state.stored(task)
         if stored is not None:
-            self._audit.append("update-replayed", run=task.run_id, round=task.round)
+            self._log_release("update-replayed", task, stored)
             return stored
-        try:
-            spec, charges = self._admit(task)
-        except PolicyRefused as refusal:
-            self._audit.append(
-                "task-refused", run=task.run_id, round=task.round, code=refusal.code,
-                reason=str(refusal),
-            )  # fmt: skip
-            raise
         unit = task.dp.unit if task.dp else PrivacyUnit.PATIENT
-        fit = self._fit(task, spec, self._cohort(unit), state)
+        size = self.declared_size(unit)
+        spec = self._policy.admit(task, size)
+        self.accounts.check_plan(task, spec)
+        _check_finite(task.arrays)
+        cohort = self._trainer.cohort(unit)
+        if spec is None and cohort.units == 0:
+            # with DP an empty cohort answers with noise: whether anybody is left stays private
+            raise PolicyRefused("no-training-data", "no patient is left to train on")
+        # Whatever is wrong with the task shows while it is prepared, before it is paid for.
+        prepared = self._trainer.prepare(
+            task, self._engine(task, spec), cohort, state.personal(task.round)
+        )
+        self._log_admission(task, spec)
+        delta = spec.delta if spec else self._policy.delta_for(size)
+        charges = self.accounts.reserve(task, spec, delta, fingerprint(task))
+        fit = self._trainer.fit(prepared)
+        _check_finite(fit.arrays)
         update = ClientUpdate(
             run_id=task.run_id,
             round=task.round,
             site=self.name,
             arrays=fit.arrays,
             released=fit.released,
-            epsilon=self.epsilon(unit, spec.delta) if spec else None,
+            epsilon=_finite(self.accounts.epsilon(unit, spec.delta)) if spec else None,
         )
-        digest = fit.arrays.sha256()
-        for account, charge in zip(self._accounts, charges, strict=True):
-            account.ledger.commit(charge, fit.released, digest)
+        self.accounts.commit(charges, fit.released, fit.arrays.sha256())
         state.store_personal(task.round, fit.personal)
         state.store(task, update)
-        self._audit.append(
-            "update-released", run=task.run_id, round=task.round, bytes=fit.arrays.nbytes,
-            tensors=len(fit.arrays.table), sha256=digest, norm=_distance(fit.arrays, task.arrays),
-            epsilon=update.epsilon,
-        )  # fmt: skip
+        self._log_release("update-released", task, update)
         if self._on_fit is not None:
             self._on_fit(self.name, task, fit)
         return update
 
-    def evaluate(self, task: TrainTask) -> dict[str, float]:
-        """Validation metrics of the task's weights, if the policy lets them leave.
+    def _engine(self, task: TrainTask, spec: DPSpec | None) -> Engine:
+        if spec is not None:
+            return DPEngine(spec)
+        seed = derived_seed(task.seed, "batches", task.round, self.name)
+        return PlainEngine(task.trainer.batch_size, seed)
 
-        Raises:
-            PolicyRefused: the policy withholds metrics; with DP on it always does, since
-                they are computed outside the mechanism.
-        """
-        if task.dp is not None or not self._policy.release_metrics:
-            self._audit.append("metrics-withheld", run=task.run_id, round=task.round)
-            raise PolicyRefused("metrics-withheld", "the site's policy lets no metrics leave")
-        model = self._trainer.network(task, self.state(task.run_id).latest_personal())
-        split = self._trainer.data.split(Split.VAL)
-        found = evaluate_split(model, split, task.task, task.loss)
-        metrics = {k: v for k, v in found.items() if v is not None}
-        self._audit.append("metrics-released", run=task.run_id, round=task.round, **metrics)
-        return metrics
-
-    def _admit(self, task: TrainTask) -> tuple[DPSpec | None, tuple[Charge, ...]]:
-        """Policy first, then the ledgers; both before any gradient."""
-        unit = task.dp.unit if task.dp else PrivacyUnit.PATIENT
-        size = self.declared_size(unit)
-        spec = self._policy.admit(task, size)
+    def _log_admission(self, task: TrainTask, spec: DPSpec | None) -> None:
         self._audit.append(
-            "task-admitted", run=task.run_id, round=task.round, model=task.model.name,
-            steps=task.trainer.local_steps, unit=str(unit) if spec else None,
+            "task-admitted",
+            run=task.run_id,
+            round=task.round,
+            model=task.model.name,
+            steps=task.trainer.local_steps,
+            unit=str(spec.unit) if spec else None,
             noise_multiplier=spec.noise_multiplier if spec else None,
             sample_rate=spec.sample_rate if spec else None,
             delta=spec.delta if spec else None,
-        )  # fmt: skip
-        delta = spec.delta if spec else self._policy.delta_for(size)
-        charges = tuple(
-            account.ledger.reserve(
-                account.cohort, spec, run_id=task.run_id, round=task.round,
-                task_hash=fingerprint(task), max_epsilon=self._policy.max_epsilon, delta=delta,
-                accountant=self._policy.accountant,
-            )
-            for account in self._accounts
-        )  # fmt: skip
-        return spec, charges
+        )
 
-    def _cohort(self, unit: PrivacyUnit) -> Cohort:
-        cohort = self._trainer.cohort(unit)
-        if cohort.units == 0:
-            raise PolicyRefused("no-training-data", "no patient is left to train on")
-        return cohort
+    def _log_release(self, event: str, task: TrainTask, update: ClientUpdate) -> None:
+        self._audit.append(
+            event,
+            run=task.run_id,
+            round=task.round,
+            bytes=update.arrays.nbytes,
+            tensors=len(update.arrays.table),
+            sha256=update.arrays.sha256(),
+            norm=_distance(update.arrays, task.arrays),
+            epsilon=update.epsilon,
+        )
 
-    def _fit(
-        self, task: TrainTask, spec: DPSpec | None, cohort: Cohort, state: SiteState
-    ) -> FitResult:
-        engine: Engine
-        if spec is None:
-            seed = derived_seed(task.seed, "batches", task.round, self.name)
-            engine = PlainEngine(task.trainer.batch_size, seed)
-        else:
-            engine = DPEngine(spec)
-        fit = self._trainer.fit(task, engine, cohort, state.personal(task.round))
-        if not all(np.isfinite(b).all() for b in fit.arrays.buffers.values()):
-            self._audit.append("update-withheld", run=task.run_id, round=task.round)
-            raise PolicyRefused(
-                "non-finite-update",
-                "training diverged: the weights are not finite",
-                "lower optimizer.lr",
-            )
-        return fit
+
+def _check_finite(arrays: PackedArrays) -> None:
+    """Received weights, or with DP weights that are noised already: nothing private is said."""
+    if not all(math.isfinite(squared_norm(b)) for b in arrays.buffers.values()):
+        raise PolicyRefused(
+            "non-finite-weights", "the weights are not finite", "lower optimizer.lr"
+        )
+
+
+def _finite(value: float) -> float | None:
+    """ε of a cohort that was once trained on without DP has no number."""
+    return value if math.isfinite(value) else None
 
 
 def _distance(new: PackedArrays, old: PackedArrays) -> float:
@@ -207,6 +189,5 @@ def _distance(new: PackedArrays, old: PackedArrays) -> float:
     squares = 0.0
     for key, values in new.buffers.items():
         if key.startswith("parameters.") and key in old.buffers:
-            change = values.astype(np.float64) - old.buffers[key].astype(np.float64)
-            squares += float(np.dot(change, change))
+            squares += squared_norm(np.subtract(values, old.buffers[key], dtype=np.float64))
     return math.sqrt(squares)

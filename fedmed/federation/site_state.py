@@ -70,6 +70,7 @@ class SiteState:
                 "table": encode_table(update.arrays.table),
                 "update": encode(update, skip=frozenset({"arrays"})),
             },
+            mode=0o600,
         )
         self._prune("update")
 
@@ -85,7 +86,7 @@ class SiteState:
         if not tensors:
             return
         cpu = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
-        write_atomic(self._path("personal", round_), save_torch(cpu))
+        write_atomic(self._path("personal", round_), save_torch(cpu), mode=0o600)
         self._prune("personal")
 
     def latest_personal(self) -> dict[str, Tensor]:

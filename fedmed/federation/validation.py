@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from fedmed.errors import UpdateRejected
 from fedmed.types import ClientUpdate, PackedArrays
 
+LARGEST_NORM = 1e18
+"""No sane weights come near; above it the squares that server optimisers keep overflow."""
+
 
 def squared_norm(values: NDArray[np.generic]) -> float:
     """Sum of squares, in one pass where float32 does not overflow."""
@@ -46,10 +49,14 @@ def check_update(
             f"update claims run {update.run_id}, round {update.round}, site {update.site!r}, "
             f"expected {run_id}, {round_}, {site!r}"
         )
+    if update.epsilon is not None and update.epsilon < 0:
+        raise UpdateRejected(f"site {site!r} claims epsilon={update.epsilon}")
     moved = 0.0
     for key, values in update.arrays.buffers.items():
-        if not math.isfinite(squared_norm(values)):
-            raise UpdateRejected(f"buffer {key!r} of site {site!r} is not finite")
+        if not squared_norm(values) <= LARGEST_NORM**2:  # also NaN and infinity
+            raise UpdateRejected(
+                f"buffer {key!r} of site {site!r} is not finite, or larger than any weights"
+            )
         if max_norm is not None and key.startswith("parameters."):
             moved += squared_norm(values - current.buffers[key])  # type: ignore[operator]
     if max_norm is not None and math.sqrt(moved) > max_norm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -14,7 +15,8 @@ class SitePrivacy:
     """What a site spent.
 
     Attributes:
-        epsilon: ε over the whole life of the site's cohort at ``delta``; None without DP.
+        epsilon: ε over the whole life of the site's cohort at ``delta``; None without DP,
+            infinite (null in the file) if the cohort was ever trained on without DP.
         delta: δ of the guarantee; None without DP.
     """
 
@@ -37,6 +39,7 @@ class Summary:
         rounds: rounds completed.
         failures: number of site rounds lost, by reason.
         distance_unit: what HD95 is measured in: ``voxels`` of the prepared grid, or ``mm``.
+        skipped: unreadable images left out on request (``data.prepare.on_unreadable=skip``).
     """
 
     experiment: str
@@ -53,6 +56,7 @@ class Summary:
     privacy: Mapping[str, SitePrivacy] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)
     distance_unit: str = "voxels"
+    skipped: int = 0
 
     @property
     def epsilon(self) -> float | None:
@@ -88,6 +92,7 @@ class Summary:
             "failures": dict(self.failures),
             "seconds": self.seconds,
             "distance_unit": self.distance_unit,
+            "skipped": self.skipped,
         }
 
     @classmethod
@@ -111,12 +116,18 @@ class Summary:
             sites={str(name): _metric_map(m) for name, m in content["sites"].items()},
             unit=None if privacy["unit"] is None else str(privacy["unit"]),
             privacy={
-                str(name): SitePrivacy(_number(p["epsilon"]), _number(p["delta"]))
+                str(name): SitePrivacy(_epsilon(p["epsilon"], p["delta"]), _number(p["delta"]))
                 for name, p in privacy["sites"].items()
             },
             failures={str(reason): int(n) for reason, n in content["failures"].items()},
             distance_unit=str(content["distance_unit"]),
+            skipped=int(content.get("skipped", 0)),
         )
+
+
+def _epsilon(value: Any, delta: Any) -> float | None:
+    """ε as read: JSON has no infinity, so a δ without an ε stands for one."""
+    return math.inf if value is None and delta is not None else _number(value)
 
 
 def _number(value: Any) -> float | None:

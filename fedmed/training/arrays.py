@@ -6,8 +6,8 @@ names, shapes and offsets: see :class:`fedmed.types.PackedArrays`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
@@ -29,8 +29,12 @@ def named_tensors(model: nn.Module, *, buffers: bool) -> Iterator[tuple[str, str
 
 
 def is_personal(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a tensor stays at its site: any pattern found in its name."""
-    return any(re.search(p, name) for p in patterns)
+    """Whether a tensor stays at its site: its name contains a match of a shell pattern.
+
+    Shell patterns, because they come by message: a regular expression can be made to take
+    for ever.
+    """
+    return any(fnmatchcase(name, f"*{p}*") for p in patterns)
 
 
 def pack(model: nn.Module, *, buffers: bool, personal: Sequence[str] = ()) -> PackedArrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from fedmed.data.augment import BatchAugment
 from fedmed.data.site import PreparedSplit, SiteData
 from fedmed.models.losses import make_loss
-from fedmed.privacy.engine import Engine, Part
+from fedmed.privacy.engine import Engine, Part, TrainSetup
 from fedmed.training.arrays import pack, personal_state, unpack
 from fedmed.training.build import build
 from fedmed.training.loop import run_steps
@@ -48,6 +49,17 @@ class FitResult:
     released: DPSpec | None
     images: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A round that is ready to start; see :meth:`Trainer.prepare`."""
+
+    task: TrainTask
+    model: nn.Module
+    optimizer: Optimizer
+    engine: Engine
+    setup: TrainSetup
 
 
 def derived_seed(*parts: object) -> int:
@@ -129,10 +141,10 @@ class Trainer:
                 own[name].copy_(tensor)
         return model
 
-    def fit(
+    def prepare(
         self, task: TrainTask, engine: Engine, cohort: Cohort, personal: Mapping[str, Tensor]
-    ) -> FitResult:
-        """One round of local work.
+    ) -> Prepared:
+        """Everything for one round, without touching an image or drawing a batch.
 
         Args:
             engine: plain or private; decides batches, gradients and noise.
@@ -140,38 +152,52 @@ class Trainer:
             personal: the site's own tensors from its last round, empty at first.
 
         Raises:
+            ConfigError, ModelError: the task names what does not exist.
             IncompatibleModel: the network cannot be trained with DP as it stands.
             UpdateRejected: the task's weights do not fit the network.
         """
-        started = time.perf_counter()
-        dp = task.dp is not None
         model = self.network(task, personal)
         model.train()
         optimizer = make_optimizer(task.optimizer, model.parameters())
-        seed = derived_seed(task.seed, "train", task.round, self._data.name)
+        setup = engine.prepare(
+            model,
+            optimizer,
+            cohort,
+            make_loss(task.loss, task.task),
+            steps=task.trainer.local_steps,
+            physical_batch_size=task.trainer.physical_batch_size,
+            copies=task.trainer.augment_copies,
+        )
+        return Prepared(task, model, optimizer, engine, setup)
+
+    def fit(self, prepared: Prepared) -> FitResult:
+        """One round of local work."""
+        started = time.perf_counter()
+        task, model, optimizer = prepared.task, prepared.model, prepared.optimizer
+        dp = task.dp is not None
+        if dp:
+            # Augmentation and dropout are drawn by position in the batch. If the draws were
+            # known, one patient more would change what everybody after them is seen as, and
+            # the sum would move by more than one clipped gradient.
+            seed = secrets.randbits(63)
+        else:
+            seed = derived_seed(task.seed, "train", task.round, self._data.name)
         with torch.random.fork_rng(devices=_cuda_devices(self._device)):
-            torch.manual_seed(seed)  # dropout; DP noise never comes from here
+            torch.manual_seed(seed)
             source = _AugmentedSplit(
                 self._data.splits[Split.TRAIN], task.augment, task.task.kind, task.task.dims,
                 task.trainer.augment_copies, self._device, seed,
             )  # fmt: skip
-            setup = engine.prepare(
-                model,
-                optimizer,
-                cohort,
-                make_loss(task.loss, task.task),
-                steps=task.trainer.local_steps,
-                physical_batch_size=task.trainer.physical_batch_size,
-                copies=task.trainer.augment_copies,
-            )
-            schedule = _Schedule(optimizer, task)
             images = run_steps(
-                setup, source, before_step=schedule, after_step=_Proximal(model, optimizer, task)
+                prepared.setup,
+                source,
+                before_step=_Schedule(optimizer, task),
+                after_step=_Proximal(model, optimizer, task),
             )
         return FitResult(
             arrays=pack(model, buffers=not dp, personal=task.personal),
             personal=personal_state(model, task.personal),
-            released=engine.released(),
+            released=prepared.engine.released(),
             images=images,
             seconds=time.perf_counter() - started,
         )

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from fedmed.audit.log import AuditLog, read, verify
+from fedmed.audit.log import AuditLog, DeferredAuditLog, read, verify
 from fedmed.errors import AuditError
 
 
@@ -192,6 +192,21 @@ def test_one_writer_and_kill_minus_nine_loses_no_acknowledged_line(tmp_path):
     hashes = [e["hash"] for e in read(path)]
     assert len(hashes) > 20
     assert set(acknowledged) <= set(hashes)
+
+
+def test_a_deferred_log_is_left_to_who_writes_first(tmp_path):
+    path = tmp_path / "a.jsonl"
+    looks, writes = DeferredAuditLog(path), DeferredAuditLog(path)
+    looks.close()
+    assert not path.exists()
+    head = writes.append("task-asked", round=1)
+    with pytest.raises(AuditError, match="another process"):
+        looks.append("task-asked", round=1)
+    writes.close()
+    assert verify(path, head=head).entries == 2
+    assert looks.append("task-asked", round=2) != head
+    looks.close()
+    assert verify(path).entries == 3
 
 
 def test_a_forked_child_cannot_fork_the_chain(log):

@@ -120,6 +120,28 @@ def test_pickled_array_is_refused():
         messages.read_answer(reply, TABLE)
 
 
+@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "version", "other-type"])
+def test_damaged_payload_is_refused(damage):
+    reply = reply_with(**{PARAMS: np.zeros(8, np.float32), COUNTS: np.zeros(1, np.int64)})
+    data = Array(np.zeros(8, np.float32)).data
+    kind = "torch.tensor" if damage == "other-type" else "numpy.ndarray"
+    damaged = {"cut": data[:-1], "longer": data + b"x", "empty": b"",
+               "version": data[:6] + b"\x09" + data[7:]}  # fmt: skip
+    reply.content.array_records["arrays"][PARAMS] = Array(
+        "float32", (8,), kind, damaged.get(damage, data)
+    )
+    with pytest.raises(UpdateRejected, match="cannot be decoded"):
+        messages.read_answer(reply, TABLE)
+
+
+def test_values_are_read_without_a_copy():
+    array = Array(np.arange(8, dtype=np.float32))
+    first, second = messages.values_of(array), messages.values_of(array)
+    assert np.array_equal(first, np.arange(8, dtype=np.float32))
+    assert np.shares_memory(first, second)
+    assert not first.flags.writeable
+
+
 @pytest.mark.parametrize(
     "table",
     [

@@ -41,6 +41,11 @@ def context_of(run_id: int, node_id: int, site: str) -> Context:
     )  # fmt: skip
 
 
+def no_such_node(message: Message) -> Message:
+    """The error reply to a message that nobody can answer."""
+    return Message(Error(CLIENT_ERROR, "no such node"), reply_to=message)
+
+
 class InProcessGrid(Grid):
     """Delivers messages by calling each node's handler.
 
@@ -118,11 +123,11 @@ class InProcessGrid(Grid):
     def _deliver(self, message: Message) -> Message:
         handler = self._handlers.get(message.metadata.dst_node_id)
         if handler is None:
-            return Message(Error(CLIENT_ERROR, "no such node"), reply_to=message)
+            return no_such_node(message)
         try:
             reply = handler(through_wire(message) if self._strict else message)
+            reply.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            return through_wire(reply) if self._strict else reply
         except Exception as error:  # a site's fault costs that site the round, never the run
             _log.debug("node %d failed", message.metadata.dst_node_id, exc_info=True)
             return Message(Error(CLIENT_ERROR, type(error).__name__), reply_to=message)
-        reply.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-        return through_wire(reply) if self._strict else reply

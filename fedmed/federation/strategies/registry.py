@@ -77,14 +77,12 @@ def make_strategy(
     *,
     fraction_sites: float,
     min_sites: int,
-    fraction_evaluate: float = 0.0,
 ) -> Strategy:
     """Build a strategy of the allow-list.
 
     Args:
         fraction_sites: share of the connected sites that trains each round, (0, 1].
         min_sites: fewest sites that train; more are never waited for.
-        fraction_evaluate: share of the sites asked for metrics, [0, 1].
 
     Raises:
         ConfigError: unknown name or parameter, or a value of the wrong type.
@@ -111,9 +109,9 @@ def make_strategy(
         checked[key] = kind(value)
     strategy: Strategy = getattr(flower, entry.flower)(
         fraction_train=fraction_sites,
-        fraction_evaluate=fraction_evaluate,
+        fraction_evaluate=0.0,  # metrics would leave outside the mechanism
         min_train_nodes=min_sites,
-        min_evaluate_nodes=min_sites if fraction_evaluate else 0,
+        min_evaluate_nodes=0,
         min_available_nodes=min_sites,
         **checked,
     )
