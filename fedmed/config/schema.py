@@ -65,6 +65,7 @@ class SyntheticConfig:
     images_per_patient: list[int] = field(default_factory=lambda: [1, 4])
     intensity_shift: float = 1.0
     prevalence_shift: float = 0.8
+    contrast: float = 1.0  # how clearly findings stand out
     seed: int = 7
 
 

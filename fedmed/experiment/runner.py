@@ -33,7 +33,7 @@ from fedmed.experiment.sites import (
     open_legs,
     worker_handler,
 )
-from fedmed.experiment.watch import Judge, Watcher
+from fedmed.experiment.watch import Judge, Watcher, Watchers
 from fedmed.federation.coordinator import Coordinator, RunPlan, SiteSlot
 from fedmed.federation.files import write_atomic
 from fedmed.federation.server_app import make_server_app
@@ -45,7 +45,7 @@ from fedmed.report.runfolder import MetricsLog, read_metrics
 from fedmed.report.tracking import MlflowTracker, NullTracker, TensorBoardTracker, Tracker
 from fedmed.training.arrays import pack
 from fedmed.training.build import build
-from fedmed.types import PrivacyUnit, TrainTask
+from fedmed.types import PrivacyUnit
 
 _RUN_ID = 1  # Flower's own run id; a simulation holds one run
 
@@ -113,12 +113,8 @@ class Experiment:
         """
         _write_run_file(self._folder, self._run_id, self._config)
         judge = Judge(self._hospitals, self._task, self._config.trainer.device)
-        watchers: dict[str, Watcher] = {}
-
-        def fitted(site: str, task: TrainTask, fit: object) -> None:
-            watchers[site].fitted(site, task, fit)  # type: ignore[arg-type]
-
-        legs = open_legs(self._config, self._hospitals, self._folder, fitted)
+        watchers = Watchers()
+        legs = open_legs(self._config, self._hospitals, self._folder, watchers)
         agents = [agent for leg in legs for agent in leg.agents.values()]
         with ExitStack() as stack:
             for agent in agents:
@@ -140,7 +136,7 @@ class Experiment:
         starts: Sequence[_Start],
         judge: Judge,
         tracker: Tracker,
-        watchers: dict[str, Watcher],
+        watchers: Watchers,
     ) -> tuple[list[Finished], dict[str, int]]:
         """Every leg; one that cannot go on does not take the others with it."""
         done: list[Finished] = []
@@ -163,7 +159,7 @@ class Experiment:
         return _Start(leg, plan, checkpoints, state)
 
     def _run_leg(
-        self, start: _Start, judge: Judge, tracker: Tracker, watchers: dict[str, Watcher]
+        self, start: _Start, judge: Judge, tracker: Tracker, watchers: Watchers
     ) -> ServerState:
         leg = start.leg
         with MetricsLog(leg.folder, resume_after=start.state.round) as log:
@@ -171,7 +167,7 @@ class Experiment:
                 leg, judge, log, tracker, self._progress, rounds=self._task.rounds,
                 every=self._config.federation.evaluate_every, unit=self._unit,
             )  # fmt: skip
-            watchers.update(dict.fromkeys(leg.agents, watcher))
+            watchers.add(leg, watcher)
             final: list[ServerState] = []
             app = make_server_app(
                 lambda grid: Coordinator(

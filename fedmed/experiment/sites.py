@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,11 @@ from fedmed.experiment.plan import one_of, partition_spec, prep_spec, site_polic
 from fedmed.federation.accounts import Account, Accounts
 from fedmed.federation.client_app import make_client_app
 from fedmed.federation.simulation.grid import Handler, context_of
-from fedmed.federation.site_agent import SiteAgent
+from fedmed.federation.site_agent import Listener, SiteAgent
 from fedmed.privacy.ledger import Ledger
-from fedmed.training.trainer import FitResult, Trainer
-from fedmed.types import TrainTask
+from fedmed.training.trainer import Trainer
 
 POOLED = "centralized"
-OnFit = Callable[[str, TrainTask, FitResult], None]
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,7 @@ def site_folder(config: Config) -> Path:
         images_per_patient=(synthetic.images_per_patient[0], synthetic.images_per_patient[-1]),
         intensity_shift=synthetic.intensity_shift,
         prevalence_shift=synthetic.prevalence_shift,
+        contrast=synthetic.contrast,
         seed=synthetic.seed,
         names=task.classes,
     )
@@ -130,13 +129,13 @@ def load_hospitals(config: Config) -> tuple[SiteData, ...]:
 
 
 def open_legs(
-    config: Config, hospitals: Sequence[SiteData], folder: Path, on_fit: OnFit | None = None
+    config: Config, hospitals: Sequence[SiteData], folder: Path, listener: Listener | None = None
 ) -> tuple[Leg, ...]:
     """Agents of all sites, grouped by who trains together.
 
     Args:
         folder: the run folder.
-        on_fit: told of each local result.
+        listener: told of local work.
     """
     names = tuple(h.name for h in hospitals)
     if config.mode == "local":
@@ -144,15 +143,15 @@ def open_legs(
             Leg(
                 name=h.name,
                 folder=folder / "local" / h.name,
-                agents={h.name: open_site(config, h, folder, on_fit)},
+                agents={h.name: open_site(config, h, folder, listener)},
                 members=(h.name,),
             )
             for h in hospitals
         )
     if config.mode == "centralized":
-        agent = open_site(config, pool_sites(hospitals, POOLED), folder, on_fit, charged=names)
+        agent = open_site(config, pool_sites(hospitals, POOLED), folder, listener, charged=names)
         return (Leg(POOLED, folder, {POOLED: agent}, names),)
-    agents = {h.name: open_site(config, h, folder, on_fit) for h in hospitals}
+    agents = {h.name: open_site(config, h, folder, listener) for h in hospitals}
     return (Leg("federated", folder, agents, names),)
 
 
@@ -160,7 +159,7 @@ def open_site(
     config: Config,
     data: SiteData,
     folder: Path,
-    on_fit: OnFit | None = None,
+    listener: Listener | None = None,
     charged: Sequence[str] = (),
 ) -> SiteAgent:
     """One site's agent with its ledger and audit log.
@@ -183,7 +182,7 @@ def open_site(
         accounts=Accounts(accounts, policy),
         audit=log(home / "audit.jsonl"),
         state_dir=home,
-        on_fit=on_fit,
+        listener=listener,
     )
 
 

@@ -76,6 +76,25 @@ class Judge:
         return evaluate(predictions, self._task.task, surface=surface)
 
 
+class Watchers:
+    """Hands a site's news to the watcher of the leg it trains in."""
+
+    def __init__(self) -> None:
+        self._by_site: dict[str, Watcher] = {}
+
+    def add(self, leg: Leg, watcher: Watcher) -> None:
+        """The watcher of a leg's sites from now on."""
+        self._by_site.update(dict.fromkeys(leg.agents, watcher))
+
+    def started(self, site: str, task: TrainTask) -> None:
+        """See :meth:`Watcher.started`."""
+        self._by_site[site].started(site, task)
+
+    def fitted(self, site: str, task: TrainTask, fit: FitResult) -> None:
+        """See :meth:`Watcher.fitted`."""
+        self._by_site[site].fitted(site, task, fit)
+
+
 class Watcher:
     """Observer of one leg: metrics rows, curves and the progress display.
 
@@ -96,6 +115,11 @@ class Watcher:
         self._every = max(every, 1)
         self._unit = unit
         self._fits: dict[str, FitResult] = {}
+        self._spent: dict[str, float] = {}
+
+    def started(self, site: str, task: TrainTask) -> None:
+        """A site begins to train."""
+        self._progress.site_started(site, task.round)
 
     def fitted(self, site: str, task: TrainTask, fit: FitResult) -> None:
         """A site has trained; its update is about to leave."""
@@ -121,7 +145,8 @@ class Watcher:
                 pooled = found.pooled
                 for site, values in found.sites.items():
                     self._row(report, site, values, spent.get(site))
-        largest = max((e for e in spent.values() if e is not None), default=None)
+        self._spent.update({s: e for s, e in spent.items() if e is not None})
+        largest = max(self._spent.values(), default=None)
         self._row(report, GLOBAL, pooled, largest)
         self._log.flush()
         self._fits.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +28,16 @@ class Audit(Protocol):
         """Let go of the log."""
 
 
+class Listener(Protocol):
+    """Told of local work; a simulation's progress display. Nothing of it travels."""
+
+    def started(self, site: str, task: TrainTask) -> None:
+        """Training begins."""
+
+    def fitted(self, site: str, task: TrainTask, fit: FitResult) -> None:
+        """Training has ended and its update is about to leave."""
+
+
 class SiteAgent:
     """Answers a coordinator's tasks under the site's own policy.
 
@@ -39,7 +48,7 @@ class SiteAgent:
         accounts: budgets that a training round is charged to, before the first gradient.
         audit: the site's log.
         state_dir: folder on the site's disk for sent updates and personal tensors.
-        on_fit: called with each local result; for a simulation's progress display.
+        listener: told of local work, or None.
     """
 
     def __init__(
@@ -50,7 +59,7 @@ class SiteAgent:
         accounts: Accounts,
         audit: Audit,
         state_dir: Path,
-        on_fit: Callable[[str, TrainTask, FitResult], None] | None = None,
+        listener: Listener | None = None,
     ) -> None:
         self.name = name
         self.accounts = accounts
@@ -58,7 +67,7 @@ class SiteAgent:
         self._policy = policy
         self._audit = audit
         self._state_dir = state_dir
-        self._on_fit = on_fit
+        self._listener = listener
 
     def declared_size(self, unit: PrivacyUnit) -> int:
         """Public cohort size: the policy's, or the one kept since the first call."""
@@ -121,6 +130,8 @@ class SiteAgent:
         self._log_admission(task, spec)
         delta = spec.delta if spec else self._policy.delta_for(size)
         charges = self.accounts.reserve(task, spec, delta, fingerprint(task))
+        if self._listener is not None:
+            self._listener.started(self.name, task)
         fit = self._trainer.fit(prepared)
         _check_finite(fit.arrays)
         update = ClientUpdate(
@@ -135,8 +146,8 @@ class SiteAgent:
         state.store_personal(task.round, fit.personal)
         state.store(task, update)
         self._log_release("update-released", task, update)
-        if self._on_fit is not None:
-            self._on_fit(self.name, task, fit)
+        if self._listener is not None:
+            self._listener.fitted(self.name, task, fit)
         return update
 
     def _engine(self, task: TrainTask, spec: DPSpec | None) -> Engine:

@@ -94,11 +94,6 @@ def _copy(source: NDArray[np.generic], target: Tensor) -> None:
         target.copy_(torch.from_numpy(source.copy()))
 
 
-def state_of(arrays: PackedArrays) -> dict[str, NDArray[np.generic]]:
-    """Name to array, views into the packed buffers."""
-    return {e.name: view(arrays, e).reshape(e.shape) for e in arrays.table}
-
-
 def personal_state(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tensor]:
     """Copies of the tensors that stay at the site."""
     return {

@@ -32,6 +32,7 @@ from fedmed.types import (
 
 SMALL = ModelSpec("resnet", {"block_inplanes": (4, 4, 4, 4), "layers": (1, 1, 1, 1)})
 ASK = DPRequest(PrivacyUnit.PATIENT, 3.0, None, 1.0, 4)
+GIVEN_NOISE = replace(ASK, target_epsilon=None, noise_multiplier=1.0)  # nothing to calibrate
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +234,53 @@ def test_augmentation_under_dp_does_not_follow_the_studys_seed(data, monkeypatch
 def test_errors_are_fedmeds_own():
     assert issubclass(BudgetExhausted, PolicyRefused)
     assert issubclass(PolicyRefused, FedmedError)
+
+
+def _train_for_ever(agent, data, log) -> None:
+    """Train new rounds and write down, durably, what each has released."""
+    import os
+    import uuid
+
+    with log.open("a") as released:
+        while True:
+            update = agent.train(task_for(data, run_id=uuid.uuid4().hex, dp=GIVEN_NOISE))
+            released.write(f"{update.released.steps} {update.arrays.sha256()}\n")
+            released.flush()
+            os.fsync(released.fileno())
+
+
+def test_killing_a_training_site_never_leaves_less_than_was_released(agent, data, tmp_path):
+    """kill -9 at 50 random points of admit, reserve, train, commit, answer."""
+    import os
+    import random
+    import signal
+    import time
+
+    log = tmp_path / "released.log"
+    log.touch()
+    chance = random.Random(7)
+    site = agent()
+    site.train(task_for(data, dp=GIVEN_NOISE))  # loads what the children need
+    started = time.perf_counter()
+    site.train(task_for(data, run_id="timed", dp=GIVEN_NOISE))
+    usual = time.perf_counter() - started
+    site.close()  # the log belongs to one process at a time
+    for _ in range(50):
+        child = os.fork()  # importing the networks anew would take most of the test
+        if child == 0:
+            try:
+                _train_for_ever(agent(), data, log)
+            finally:
+                os._exit(1)
+        time.sleep(chance.uniform(0.0, 4 * usual))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), "the site stopped by itself"
+        released = [line.split() for line in log.read_text().splitlines()]
+        entries = charges(tmp_path)
+        assert sum(int(steps) for steps, _ in released) <= sum(
+            entry.spec.steps for entry in entries
+        )
+        assert {digest for _, digest in released} <= {entry.update_sha256 for entry in entries}
+    assert len(released) >= 10  # it did train
+    assert len(charges(tmp_path)) > len(released) + 2  # and was cut off in between

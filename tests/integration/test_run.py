@@ -9,6 +9,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -90,6 +91,10 @@ def test_personal_parts_stay_at_the_site(run):
                      if "running" not in k and "batches" not in k)  # fmt: skip
     own = sum(v.size for k, v in names.items() if "running" not in k and "batches" not in k)
     assert shared + own == everything
+    exported = load_file(done.folder / "model.safetensors")
+    moved = [n for n, v in names.items() if v.size > 1 and not np.array_equal(v, exported[n])]
+    assert moved, "a site's own tensors were exported"
+    assert all(np.ptp(exported[n]) == 0 for n in moved)  # as they were at the start
 
 
 def test_budget_holds_over_runs_of_the_same_cohort(run, tmp_path):
