@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from fedmed.data.site import PreparedSplit
-from fedmed.evaluation.metrics import metrics
 from fedmed.evaluation.predict import predict
-from fedmed.evaluation.records import Metrics, Predictions
+from fedmed.evaluation.records import Predictions
 from fedmed.models.losses import make_loss
 from fedmed.types import TaskSpec
 
@@ -23,24 +21,12 @@ def predict_split(
     Raises:
         ConfigError: the loss is unknown.
     """
-    device = next(model.parameters()).device if any(True for _ in model.parameters()) else "cpu"
     return predict(
         model,
         split.images,
         task,
         batch_size=batch_size,
-        device=torch.device(device),
+        device=next(model.parameters()).device,
         targets=split.targets,
         loss=make_loss(loss, task),
     )
-
-
-def evaluate_split(
-    model: nn.Module, split: PreparedSplit, task: TaskSpec, loss: str, *, surface: bool = False
-) -> Metrics:
-    """Metrics of one split.
-
-    Args:
-        surface: segmentation: also measure HD95, which takes longer.
-    """
-    return metrics(predict_split(model, split, task, loss), task, surface=surface)
