@@ -355,7 +355,8 @@ class TrainTask:
         personal: shell patterns; tensors whose name contains a match never leave the site
             (FedBN).
         proximal_mu: FedProx' pull towards the received weights, 0 for none.
-        seed: the study's seed; governs augmentation and dropout, never DP noise.
+        seed: the study's seed; governs initial weights and, without DP, the order of images,
+            augmentation and dropout. With DP all of these draws are the site's secret.
         dp: None asks for training without differential privacy.
     """
 

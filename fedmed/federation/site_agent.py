@@ -119,7 +119,7 @@ class SiteAgent:
         spec = self._policy.admit(task, size)
         self.accounts.check_plan(task, spec)
         _check_finite(task.arrays)
-        cohort = self._trainer.cohort(unit)
+        cohort = self._trainer.cohort(PrivacyUnit.PATIENT)  # the engine makes image units itself
         if spec is None and cohort.units == 0:
             # with DP an empty cohort answers with noise: whether anybody is left stays private
             raise PolicyRefused("no-training-data", "no patient is left to train on")

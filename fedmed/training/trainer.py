@@ -117,11 +117,6 @@ class Trainer:
         self._device = pick_device(device)
         self._data = data.to(self._device)
 
-    @property
-    def data(self) -> SiteData:
-        """The site's images."""
-        return self._data
-
     def cohort(self, unit: PrivacyUnit) -> Cohort:
         """Training units after opt-outs, read again at every call."""
         return self._data.cohort(unit)
