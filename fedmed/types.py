@@ -226,7 +226,7 @@ class DPRequest:
         total_steps: steps of the whole plan (all rounds), for calibration.
         delta: δ asked for, or None for the site's own.
         max_images_per_unit: most images of one unit in a step, drawn afresh each step.
-        gradients: how clipped sums are computed (``vmap`` or ``opacus``).
+        gradients: how clipped sums are computed (``bookkeeping``, ``vmap`` or ``opacus``).
     """
 
     unit: PrivacyUnit
@@ -236,7 +236,7 @@ class DPRequest:
     total_steps: int
     delta: float | None = None
     max_images_per_unit: int = 8
-    gradients: str = "vmap"
+    gradients: str = "bookkeeping"
 
     def __post_init__(self) -> None:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
@@ -272,7 +272,7 @@ class DPSpec:
     expected_batch_size: int
     delta: float
     max_images_per_unit: int = 8
-    gradients: str = "vmap"
+    gradients: str = "bookkeeping"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):

@@ -133,7 +133,7 @@ class PrivacyConfig:
     max_grad_norm: float = 1.0
     delta: float | None = None
     max_images_per_unit: int = 8
-    gradients: str = "vmap"  # vmap | opacus
+    gradients: str = "bookkeeping"  # bookkeeping | vmap | opacus
 
 
 @dataclass

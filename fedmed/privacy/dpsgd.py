@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedmed.errors import ConfigError
+from fedmed.privacy.clipping.bookkeeping import BookKeepingGradients
 from fedmed.privacy.gradients import GradientMode, PerSampleLoss, VmapGradients
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.protocols import TrainSetup
@@ -32,7 +33,7 @@ def _opacus(chunk: int) -> GradientMode:
 
 
 GRADIENT_MODES: Mapping[str, Callable[[int], GradientMode]] = MappingProxyType(
-    {"vmap": VmapGradients, "opacus": _opacus}
+    {"bookkeeping": BookKeepingGradients, "vmap": VmapGradients, "opacus": _opacus}
 )
 """Ways to compute clipped sums, by name; each takes the most images of one forward pass."""
 

@@ -400,4 +400,4 @@ def test_plain_with_few_or_no_images():
 
 
 def test_the_registry_names_the_modes_of_the_configuration():
-    assert set(dpsgd.GRADIENT_MODES) == {"vmap", "opacus"}
+    assert set(dpsgd.GRADIENT_MODES) == {"bookkeeping", "vmap", "opacus"}

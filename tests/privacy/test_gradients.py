@@ -68,6 +68,8 @@ BOTH = [("conv2d", conv2d, 2), ("conv3d", conv3d, 3), ("reused", lambda: Reused(
 CASES = [(mode, *net) for mode in GRADIENT_MODES for net in BOTH] + [
     ("vmap", "transposed", transposed, 2),
     ("vmap", "unused", lambda: Reused(True), 2),
+    ("bookkeeping", "transposed", transposed, 2),
+    ("bookkeeping", "unused", lambda: Reused(True), 2),
 ]
 
 

@@ -1,0 +1,210 @@
+"""Clipped sums of per-unit gradients in one forward and one backward pass.
+
+The design follows book-keeping (Bu et al. 2023, arXiv:2210.00038) with mixed ghost clipping (Bu
+et al. 2022, arXiv:2205.10683), by patient: the samples of a unit are summed before the norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmed.errors import IncompatibleModel
+from fedmed.privacy.clipping.choice import Chooser
+from fedmed.privacy.clipping.interception import Interception
+from fedmed.privacy.clipping.layout import Layout, Piece, pieces
+from fedmed.privacy.clipping.proof import prove
+from fedmed.privacy.clipping.tape import REMEDY, Tape, clip_factors
+from fedmed.privacy.compat import verdict
+from fedmed.privacy.gradients import PerSampleLoss
+
+_CHOOSER = Chooser()
+_FLOAT16_SCALE = 2.0**10  # keeps small gradients above float16's smallest number
+
+
+class BookKeepingGradients:
+    """Exact clipped sums at nearly the cost of a plain backward pass, for any network.
+
+    Args:
+        capacity: most samples (images with their copies) in one forward pass. A unit with more
+            is taken alone, in several passes.
+        chooser: how each layer's norms are computed; by default measured once a geometry.
+    """
+
+    def __init__(self, capacity: int, chooser: Chooser | None = None) -> None:
+        if capacity < 1:
+            raise ValueError(f"expected capacity={capacity} >= 1")
+        self._capacity = capacity
+        self._chooser = chooser or _CHOOSER
+        self._proved: set[tuple[int, torch.Size]] = set()
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse layers that mix samples or keep statistics of them.
+
+        Raises:
+            IncompatibleModel: naming the layer.
+        """
+        verdict(model)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise IncompatibleModel("the network has no trainable parameter", "unfreeze some")
+
+    def clipped_sum(
+        self,
+        model: nn.Module,
+        loss: PerSampleLoss,
+        images: Tensor,
+        targets: Tensor,
+        units: Tensor,
+        n_units: int,
+        max_norm: float,
+        copies: int = 1,
+    ) -> list[Tensor]:
+        """See :meth:`fedmed.privacy.gradients.GradientMode.clipped_sum`.
+
+        The first batch of a network is preceded by a proof on random images, see :func:`prove`.
+
+        Raises:
+            IncompatibleModel: a parameter is used in a way that cannot be followed by sample, or
+                the proof found the sums to be wrong.
+        """
+        if len(images) != len(units) * copies:
+            # Rows without a unit could count for a unit twice.
+            raise ValueError(f"expected {len(units)} * {copies} images, got {len(images)}")
+        if len(units) == 0:
+            return [_zeros(p) for p in model.parameters() if p.requires_grad]
+        if (id(model), images.shape[1:]) not in self._proved:
+            prove(model, loss, images, targets, self._all_pieces)
+            self._proved.add((id(model), images.shape[1:]))
+        return self._all_pieces(model, loss, images, targets, units, n_units, max_norm, copies)
+
+    def _all_pieces(
+        self,
+        model: nn.Module,
+        loss: PerSampleLoss,
+        images: Tensor,
+        targets: Tensor,
+        units: Tensor,
+        n_units: int,
+        max_norm: float,
+        copies: int,
+    ) -> list[Tensor]:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        total: list[Tensor] = []
+        order = units.cpu().numpy().astype(np.int64)
+        with _gradients_set_aside(parameters):
+            for piece in pieces(order, n_units, copies, self._capacity):
+                part = self._piece(model, loss, images, targets, piece, max_norm)
+                total = _add(total, part) if total else part
+        return total
+
+    def _piece(
+        self,
+        model: nn.Module,
+        loss: PerSampleLoss,
+        images: Tensor,
+        targets: Tensor,
+        piece: Piece,
+        max_norm: float,
+    ) -> list[Tensor]:
+        rows = piece.samples
+        index = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(images.device)
+        images, targets = images[index].detach(), targets[index]
+        weights = torch.from_numpy(piece.weights).to(images.device)
+        if piece.layout.units == 1:
+            return self._alone(model, loss, images, targets, weights, max_norm)
+        tape = one_pass(model, loss, images, targets, weights, piece.layout, self._chooser)
+        return tape.clipped_sum(max_norm, _scale(images.device))
+
+    def _alone(
+        self,
+        model: nn.Module,
+        loss: PerSampleLoss,
+        images: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        max_norm: float,
+    ) -> list[Tensor]:
+        """One unit, of any size: its gradient is the batch's, so autograd has it."""
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        scale = _scale(images.device)
+        for first in range(0, len(images), self._capacity):
+            rows = slice(first, first + self._capacity)
+            losses = loss(model(images[rows]), targets[rows])
+            torch.autograd.backward(losses, weights[rows].to(losses.dtype) * scale)
+        grads = [
+            _zeros(p) if p.grad is None else p.grad.to(torch.promote_types(p.dtype, torch.float32))
+            for _, p in named
+        ]
+        for _, p in named:
+            p.grad = None
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+        factor = clip_factors(norm / scale, max_norm) / scale
+        # 0 times infinity is not 0.
+        return [torch.where(factor > 0, g * factor, torch.zeros_like(g)) for g in grads]
+
+
+def one_pass(
+    model: nn.Module,
+    loss: PerSampleLoss,
+    images: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    layout: Layout,
+    chooser: Chooser,
+) -> Tape:
+    """Forward and backward of one batch; the tape has all per-unit gradients.
+
+    Raises:
+        IncompatibleModel: a parameter was used in a way that cannot be told apart by sample.
+    """
+    root = images.detach()
+    if root.is_floating_point():
+        root.requires_grad_(True)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    tape = Tape(named, layout, chooser, root)
+    with Interception(tape):
+        logits = model(root)
+    losses = loss(logits, targets)
+    torch.autograd.backward(losses, weights.to(losses.dtype) * _scale(images.device))
+    for name, parameter in named:
+        if parameter.grad is not None:
+            parameter.grad = None
+            raise IncompatibleModel(
+                f"parameter {name} is used by an operation that cannot be followed by sample",
+                REMEDY,
+            )
+    return tape
+
+
+def _scale(device: torch.device) -> float:
+    half = (
+        torch.is_autocast_enabled(device.type)
+        and torch.get_autocast_dtype(device.type) == torch.float16
+    )
+    return _FLOAT16_SCALE if half else 1.0
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+
+
+def _add(total: list[Tensor], part: list[Tensor]) -> list[Tensor]:
+    return [t.add_(p) for t, p in zip(total, part, strict=True)]
+
+
+@contextlib.contextmanager
+def _gradients_set_aside(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients that were there before are there afterwards, and not in between."""
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in zip(parameters, before, strict=True):
+            p.grad = gradient

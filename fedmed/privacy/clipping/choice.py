@@ -1,0 +1,129 @@
+"""Which way a layer's norms and sums are computed: shapes rule some out, timing settles the rest.
+
+A convolution's cheapest way depends on the device, the library below and the shape, by factors
+up to ten in both directions, so it is measured once for each geometry, the first time it occurs.
+All ways give the same result up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fedmed.privacy.clipping.outer import WeightGradient, squared_norms
+
+_FORMED_MAY_EXCEED: Final = 4.0
+"""Kept gradients may take this many times the memory of what a later sum would hold."""
+
+_LAPS: Final = 3
+_LONG: Final = 0.05  # seconds beyond which one run is enough
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the norms and the clipped sum of one weight are computed.
+
+    Attributes:
+        norms: the way to the norms, or to the gradients by unit if they are kept.
+        sums: the way to the clipped sum; None if the gradients by unit are kept.
+    """
+
+    norms: str
+    sums: str | None
+
+
+class Chooser:
+    """Picks a way for each geometry and remembers it; shared by all steps of a process.
+
+    Args:
+        force: use these ways wherever a layer has them (for tests and measurements).
+    """
+
+    def __init__(self, force: Way | None = None) -> None:
+        self._force = force
+        self._best: dict[Hashable, Way] = {}
+
+    def choose(self, gradient: WeightGradient, *, may_defer: bool) -> Way:
+        """The way for one weight; one that keeps gradients unless the sum may be deferred."""
+        bucket = math.ceil(math.log2(gradient.layout.units) / 2)
+        per_unit = gradient.layout.spans[-1].per_unit
+        device = gradient.inputs.device.type
+        key = (gradient.key, bucket, per_unit, may_defer, device, torch.get_num_threads())
+        if key not in self._best:
+            self._best[key] = self._forced(gradient, may_defer) or _measure(gradient, may_defer)
+        return self._best[key]
+
+    def _forced(self, gradient: WeightGradient, may_defer: bool) -> Way | None:
+        force = self._force
+        if force is None:
+            return None
+        if force.sums is None or not may_defer:
+            return force if force.norms in gradient.forms() and force.sums is None else None
+        known = force.norms in {**gradient.forms(), **gradient.grams()}
+        return force if known and force.sums in gradient.sums() else None
+
+
+def _measure(gradient: WeightGradient, may_defer: bool) -> Way:
+    forms, grams = gradient.forms(), gradient.grams()
+    kept = gradient.layout.units * gradient.size * gradient.dtype.itemsize
+    keep = list(forms) if not may_defer or kept <= _FORMED_MAY_EXCEED * gradient.held else []
+    defer: list[str] = []
+    if may_defer:
+        defer = [*grams, *(forms if kept > gradient.held or not keep else ())]
+    if len(keep) == 1 and not defer:
+        return Way(keep[0], None)
+    seconds, best = math.inf, Way((keep or defer)[0], None)
+    for norms in keep:
+        found = _seconds(partial(_norm_and_sum, gradient, norms), seconds)
+        if found < seconds:
+            seconds, best = found, Way(norms, None)
+    if defer:
+        ones = _ones(gradient)
+        last, sums = min(
+            (_seconds(partial(run, ones)), name) for name, run in gradient.sums().items()
+        )
+        for norms in defer:
+            found = last + _seconds(partial(gradient.squared_norms, norms), seconds - last)
+            if found < seconds or (not keep and best.sums is None):
+                seconds, best = found, Way(norms, sums)
+    return best
+
+
+def _norm_and_sum(gradient: WeightGradient, way: str) -> Tensor:
+    by_unit = gradient.by_unit(way)
+    squared_norms(by_unit)
+    return torch.mv(by_unit.reshape(len(by_unit), -1).t(), _ones(gradient))
+
+
+def _ones(gradient: WeightGradient) -> Tensor:
+    device = gradient.inputs.device
+    return torch.ones(gradient.layout.units, dtype=gradient.dtype, device=device)
+
+
+def _seconds(run: Callable[[], Tensor], best: float = math.inf) -> float:
+    """The shortest of a few runs after a first one; infinite if memory does not suffice.
+
+    A first run that is slow beyond what warming up may take settles it.
+    """
+    shortest = math.inf
+    try:
+        for lap in range(_LAPS + 1):
+            start = time.perf_counter()
+            result = run()
+            if result.is_cuda:
+                torch.cuda.synchronize(result.device)
+            seconds = time.perf_counter() - start
+            if lap or seconds > _LONG:
+                shortest = min(shortest, seconds)
+            if math.inf > shortest > 2 * best or seconds > _LONG:
+                break
+    except torch.OutOfMemoryError:
+        return math.inf
+    return shortest

@@ -1,0 +1,103 @@
+"""Finds every use of a trainable parameter in a forward pass and hands it to its rule.
+
+Works on functions, not on modules: attention blocks, tied weights, layers called twice, parameters
+without a layer are all seen. A parameter that escapes (through C++ or a custom function) still
+gets an ordinary gradient, which is noticed after the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fedmed.privacy.clipping import attention, convolution, elementwise, embedding, linear, norms
+from fedmed.privacy.clipping.fallback import vectorised
+from fedmed.privacy.clipping.tape import Slot, Tape
+
+Rule = Callable[..., Any]
+
+RULES: Mapping[Callable[..., Any], Rule] = MappingProxyType(
+    {
+        **linear.RULES,
+        **convolution.RULES,
+        **norms.RULES,
+        **elementwise.RULES,
+        **embedding.RULES,
+        **attention.RULES,
+    }
+)
+"""What to do instead of a torch function when one of its tensors is tracked."""
+
+# These read no more than the shape or the type of their second tensor.
+_LIKE = frozenset({Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as, Tensor.to})
+
+
+class Interception(TorchFunctionMode):
+    """While active, operations on tracked parameters are recorded on a tape.
+
+    Args:
+        tape: of this forward pass.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """See ``torch.overrides``."""
+        kwargs = kwargs or {}
+        if not self._tape.tracks(args, kwargs):
+            return func(*args, **kwargs)
+        slots: list[Slot] = []
+        data = func is F.embedding and self._tape.is_data_index(args)
+        for tensor in _tensors(args, kwargs):
+            slot = self._tape.slot(tensor)
+            if slot is not None:
+                slots.append(slot)
+            elif tensor.requires_grad:
+                data = True
+        if data and func not in _LIKE:
+            rule = RULES.get(func)
+            if rule is not None:
+                return rule(self._tape, *args, **kwargs)
+            return self._without_rule(func, args, kwargs)
+        result = func(*args, **kwargs)
+        for tensor in _tensors((result,), {}):
+            self._tape.derive(tensor, slots)
+        return result
+
+    def _without_rule(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        with torch.no_grad():
+            probe = func(*args, **kwargs) if _is_query(func) else None
+        if probe is not None and not any(True for _ in _tensors((probe,), {})):
+            return probe
+        return vectorised(self._tape, func, args, kwargs)
+
+
+def _is_query(func: Callable[..., Any]) -> bool:
+    """Whether a function asks about tensors (``is_same_size``) without making one."""
+    return getattr(func, "__name__", "").startswith("is_")
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            for element in value:
+                if isinstance(element, Tensor):
+                    yield element

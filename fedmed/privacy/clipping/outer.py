@@ -1,0 +1,146 @@
+"""What a layer's backward pass leaves for its weight: factors whose product is the gradient.
+
+The gradient of a weight by one unit is a sum of outer products over the unit's positions. Its
+norm and the clipped sum can be had without forming it for each unit:
+
+* *instantiate*: form the gradient of each unit, keep it, norm and sum are one pass each;
+* *Gram* (ghost norm, Goodfellow 2015, arXiv:1510.01799; Li et al. 2021, arXiv:2110.05679):
+  ``|A^T B|^2 = <A A^T, B B^T>``, then one batched weight gradient with the clipping factors
+  folded in (book-keeping, Bu et al. 2023, arXiv:2210.00038) makes the clipped sum;
+* *redo*: form the gradient of each unit for its norm alone, then as in Gram.
+
+Which is cheapest depends on the shapes (mixed ghost clipping, Bu et al. 2022, arXiv:2205.10683).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping
+
+import torch
+from torch import Tensor
+
+from fedmed.privacy.clipping.layout import Layout, Span
+
+
+class WeightGradient(ABC):
+    """The gradient of one weight by unit, not formed yet.
+
+    Args:
+        layout: the units of the rows.
+        dtype: gradients and norms are given in it.
+        inputs: what the layer multiplied with its weight, ``[samples, ...]``.
+        outputs: the gradient of the result, ``[samples, ...]``.
+    """
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, inputs: Tensor, outputs: Tensor) -> None:
+        self.layout = layout
+        self.dtype = dtype
+        self.inputs = inputs
+        self.outputs = outputs
+
+    @property
+    @abstractmethod
+    def key(self) -> Hashable:
+        """Shapes and settings that decide what is fastest, without the number of units."""
+
+    @property
+    def held(self) -> int:
+        """Bytes that are kept alive if the gradient is formed later."""
+        return self.inputs.nbytes + self.outputs.nbytes
+
+    def forget(self, units: Tensor) -> None:
+        """Let the units that ``units`` (bool, ``[units]``) marks count as zero in sums."""
+        rows = self.layout.spread(units, self.layout.samples)
+        self.inputs, self.outputs = (
+            x.masked_fill(rows.view(-1, *(1,) * (x.ndim - 1)), 0.0)
+            for x in (self.inputs, self.outputs)
+        )
+
+    def scaled(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and outputs for the weighted sum, the factor folded into the smaller one.
+
+        Sums over units are taken in ``dtype``: a sum rounded to bfloat16 would move by more
+        than the clipping bound when one unit joins.
+        """
+        inputs, outputs = self.inputs.to(self.dtype), self.outputs.to(self.dtype)
+        each = self.layout.spread(factors.to(self.dtype), self.layout.samples)
+        if inputs.numel() < outputs.numel():
+            return inputs * each.view(-1, *(1,) * (inputs.ndim - 1)), outputs
+        return inputs, outputs * each.view(-1, *(1,) * (outputs.ndim - 1))
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Elements of one unit's gradient."""
+
+    @abstractmethod
+    def forms(self) -> Mapping[str, Callable[[Span], Tensor]]:
+        """Ways to form the gradients of a span, ``[units, *shape]``, by name."""
+
+    @abstractmethod
+    def grams(self) -> Mapping[str, Callable[[Span], Tensor]]:
+        """Ways to the squared norms of a span, ``[units]``, without forming gradients."""
+
+    @abstractmethod
+    def sums(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Ways to the sum over units of factor times gradient, for factors ``[units]``."""
+
+    def by_unit(self, way: str) -> Tensor:
+        """The gradient of each unit, ``[units, *shape]``."""
+        form = self.forms()[way]
+        parts = [form(span).to(self.dtype) for span in self.layout.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def squared_norms(self, way: str) -> Tensor:
+        """The squared norm of each unit's gradient, ``[units]``."""
+        grams = self.grams()
+        if way in grams:
+            parts = [grams[way](span).to(self.dtype) for span in self.layout.spans]
+        else:
+            form = self.forms()[way]
+            parts = [
+                squared_norms(form(piece).to(self.dtype))
+                for span in self.layout.spans
+                for piece in self._portions(span)
+            ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _portions(self, span: Span) -> list[Span]:
+        """Parts of a span whose gradients, formed at once, stay near what is held anyway."""
+        bytes_each = self.size * self.dtype.itemsize
+        at_once = max(1, min(span.units, self.held // max(1, bytes_each)))
+        return [
+            Span(
+                span.unit + first,
+                min(at_once, span.units - first),
+                span.sample + first * span.per_unit,
+                span.per_unit,
+            )
+            for first in range(0, span.units, at_once)
+        ]
+
+
+def squared_norms(gradients: Tensor) -> Tensor:
+    """Squared Euclidean norm of each row of ``[units, ...]``."""
+    rows = gradients.reshape(len(gradients), -1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square_()
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Batched ``a @ b`` with the result, and its accumulation, in ``dtype``."""
+    if a.dtype == dtype:
+        return torch.bmm(a, b)
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=dtype)
+    return torch.bmm(a.to(dtype), b.to(dtype))
+
+
+def gram_norms(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``|a^T b|^2`` of each unit, for ``a`` ``[units, K, p]`` and ``b`` ``[units, K, q]``."""
+    if a.shape[1] == 1:
+        return a.to(dtype).square().sum((1, 2)) * b.to(dtype).square().sum((1, 2))
+    gram = product(a, a.transpose(1, 2), dtype).mul_(product(b, b.transpose(1, 2), dtype))
+    # Rounding may leave a tiny negative sum where the gradient is zero.
+    return gram.sum((1, 2)).clamp_(min=0.0)

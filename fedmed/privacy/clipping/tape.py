@@ -1,0 +1,292 @@
+"""What one forward and backward pass leaves behind for the clipped sum of gradients by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmed.errors import IncompatibleModel
+from fedmed.privacy.clipping.choice import Chooser
+from fedmed.privacy.clipping.layout import Layout
+from fedmed.privacy.clipping.outer import WeightGradient, squared_norms
+
+_SMALL = 1 << 14  # gradients with fewer elements a unit are joined: one kernel for all of them
+
+REMEDY = "set privacy.gradients=vmap, which is slower and takes any layer"
+
+
+@dataclass(eq=False)
+class Slot:
+    """A tensor whose gradient is wanted by unit.
+
+    Attributes:
+        name: of the parameter, or of one it was computed from.
+        tensor: a trainable parameter, or something computed from parameters alone.
+        is_parameter: whether it is a parameter itself.
+        uses: operations that read it in the forward pass.
+    """
+
+    name: str
+    tensor: Tensor
+    is_parameter: bool
+    uses: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its gradients and their norms: at least float32."""
+        return torch.promote_types(self.tensor.dtype, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class _Deferred:
+    """A gradient whose norms are known and whose clipped sum waits for the factors."""
+
+    squared_norms: Tensor
+    gradient: WeightGradient
+    way: str
+
+
+class Tape:
+    """Collects per-unit gradients during one backward pass, then clips and sums them.
+
+    Args:
+        parameters: names and trainable parameters, each once.
+        layout: the units of the batch.
+        chooser: how a layer's norm and sum are computed.
+        root: the network's input, whose own gradient nobody reads.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, Tensor]],
+        layout: Layout,
+        chooser: Chooser,
+        root: Tensor,
+    ) -> None:
+        self.layout = layout
+        self._chooser = chooser
+        self._root = root
+        self._parameters = [Slot(name, p, is_parameter=True) for name, p in parameters]
+        self._slots = {id(slot.tensor): slot for slot in self._parameters}
+        self._formed: dict[Slot, Tensor] = {}
+        self._deferred: dict[Slot, _Deferred] = {}
+
+    # ---- forward pass
+
+    def is_root(self, x: Tensor) -> bool:
+        """Whether ``x`` is the network's input."""
+        return x is self._root or (x.is_leaf and x.data_ptr() == self._root.data_ptr())
+
+    def is_data_index(self, args: Sequence[Any]) -> bool:
+        """Whether the first argument holds indices that come with the samples."""
+        index = args[0] if args else None
+        return (
+            isinstance(index, Tensor)
+            and not self._root.is_floating_point()
+            and index.ndim > 0
+            and len(index) % self.layout.samples == 0
+        )
+
+    def tracks(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether an operation reads a tracked tensor. Asked of every one, so it is short."""
+        slots = self._slots
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if id(value) in slots:
+                return True
+            if type(value) in (list, tuple) and any(id(element) in slots for element in value):
+                return True
+        return False
+
+    def slot(self, value: Any) -> Slot | None:
+        """The slot of a tracked tensor, or None."""
+        return self._slots.get(id(value))
+
+    def read(self, value: Tensor) -> tuple[Tensor, Slot | None]:
+        """Note that an operation reads a tensor.
+
+        Returns:
+            What the operation is to compute with, and the slot if the tensor is tracked. A
+            derived tensor is cut from its history: the backward pass of the network must leave
+            that graph alone, it is followed afterwards.
+        """
+        slot = self._slots.get(id(value))
+        if slot is None:
+            return value, None
+        slot.uses += 1
+        if slot.is_parameter:
+            return value, slot
+        return value.detach().requires_grad_(), slot
+
+    def read_optional(self, value: Tensor | None) -> tuple[Tensor | None, Slot | None]:
+        """The same for a tensor that may be missing."""
+        return (None, None) if value is None else self.read(value)
+
+    def derive(self, value: Tensor, sources: Sequence[Slot]) -> None:
+        """Track a tensor that was computed from tracked ones and constants alone."""
+        if value.requires_grad and id(value) not in self._slots:
+            self._slots[id(value)] = Slot(sources[0].name, value, is_parameter=False)
+            for source in sources:  # their gradients are sums of several, so none is deferred
+                source.uses += 1
+
+    def fold(self, x: Tensor, what: str) -> int:
+        """Rows of ``x`` for each sample.
+
+        Raises:
+            IncompatibleModel: the first dimension does not hold whole samples.
+        """
+        rows = len(x) if x.ndim else 0
+        if rows == 0 or rows % self.layout.samples:
+            raise IncompatibleModel(
+                f"{what} gets a tensor of shape {tuple(x.shape)} for {self.layout.samples} "
+                "samples: the first dimension must hold the samples, in their order",
+                REMEDY,
+            )
+        return rows // self.layout.samples
+
+    # ---- backward pass
+
+    def add_rows(self, slot: Slot, rows: Tensor) -> None:
+        """Add gradients by row, ``[samples * fold, *shape]``."""
+        self._add(slot, self.layout.sum_by_unit(rows).to(slot.dtype))
+
+    def defer(self, slot: Slot, gradient: WeightGradient) -> None:
+        """Add a gradient that need not be formed by unit."""
+        whole = slot.is_parameter and slot.uses == 1
+        way = self._chooser.choose(gradient, may_defer=whole)
+        if way.sums is None:
+            self._add(slot, gradient.by_unit(way.norms))
+        else:
+            norms = gradient.squared_norms(way.norms)
+            self._deferred[slot] = _Deferred(norms, gradient, way.sums)
+
+    def _add(self, slot: Slot, by_unit: Tensor) -> None:
+        before = self._formed.get(slot)
+        # Not in place: the rows may be a view of a gradient that autograd still hands on.
+        self._formed[slot] = by_unit if before is None else before + by_unit
+
+    # ---- afterwards
+
+    def clipped_sum(self, max_norm: float, scale: float = 1.0) -> list[Tensor]:
+        """Sum over units of the gradient clipped to ``max_norm``, one tensor a parameter.
+
+        Args:
+            scale: the loss was multiplied by it before the backward pass.
+        """
+        self._resolve()
+        with torch.no_grad():  # inputs of layers still know how they were computed
+            return self._clipped_sum(max_norm, scale)
+
+    def _clipped_sum(self, max_norm: float, scale: float) -> list[Tensor]:
+        columns, large = self._columns()
+        squared = sum(
+            (deferred.squared_norms for deferred in self._deferred.values()),
+            start=self._zeros(),
+        )
+        for matrix, _ in columns:
+            squared = squared + squared_norms(matrix)
+        for by_unit in large.values():
+            squared = squared + squared_norms(by_unit)
+        norm = squared.sqrt() / scale
+        factors = clip_factors(norm, max_norm)
+        if not bool(torch.isfinite(norm).all()):
+            self._forget(~torch.isfinite(norm), columns, large)
+        sums: dict[Slot, Tensor] = {}
+        for matrix, slots in columns:
+            total = torch.mv(matrix.t(), factors.to(matrix.dtype))
+            sizes = [slot.tensor.numel() for slot in slots]
+            sums.update(zip(slots, torch.split(total, sizes), strict=True))
+        for slot, by_unit in large.items():
+            flat = by_unit.reshape(len(by_unit), -1)
+            sums[slot] = torch.mv(flat.t(), factors.to(flat.dtype))
+        for slot in list(self._deferred):
+            deferred = self._deferred.pop(slot)  # what it holds is given back at once
+            sums[slot] = deferred.gradient.sums()[deferred.way](factors)
+        return [
+            sums[slot].reshape(slot.tensor.shape).div_(scale)
+            if slot in sums
+            else torch.zeros_like(slot.tensor, requires_grad=False)
+            for slot in self._parameters
+        ]
+
+    def _resolve(self) -> None:
+        """Carry gradients of derived tensors over to the parameters they came from."""
+        derived = [slot for slot in self._formed if not slot.is_parameter]
+        if not derived:
+            return
+        by_unit: tuple[Tensor | None, ...] = torch.autograd.grad(
+            [slot.tensor for slot in derived],
+            [slot.tensor for slot in self._parameters],
+            [self._formed.pop(slot).to(slot.tensor.dtype) for slot in derived],
+            is_grads_batched=True,
+            allow_unused=True,
+        )
+        for slot, gradients in zip(self._parameters, by_unit, strict=True):
+            if gradients is None:
+                continue
+            self._add(slot, gradients.to(slot.dtype))
+
+    def _columns(self) -> tuple[list[tuple[Tensor, list[Slot]]], dict[Slot, Tensor]]:
+        """Small gradients joined to ``[units, sum of sizes]``, by dtype; large ones as they are."""
+        small: dict[torch.dtype, list[Slot]] = {}
+        large = {}
+        for slot, by_unit in self._formed.items():
+            if slot.tensor.numel() < _SMALL:
+                small.setdefault(slot.dtype, []).append(slot)
+            else:
+                large[slot] = by_unit
+        units = self.layout.units
+        joined = [
+            (torch.cat([self._formed[slot].reshape(units, -1) for slot in slots], dim=1), slots)
+            for slots in small.values()
+        ]
+        return joined, large
+
+    def _zeros(self) -> Tensor:
+        dtype = max((slot.dtype for slot in self._parameters), key=lambda d: d.itemsize)
+        return torch.zeros(self.layout.units, dtype=dtype, device=self._root.device)
+
+    def _forget(
+        self,
+        bad: Tensor,
+        columns: list[tuple[Tensor, list[Slot]]],
+        large: dict[Slot, Tensor],
+    ) -> None:
+        # 0 times infinity is not 0: units that are not finite are blanked before the sums.
+        for position, (matrix, slots) in enumerate(columns):
+            columns[position] = (matrix.masked_fill(bad.unsqueeze(1), 0.0), slots)
+        for slot, by_unit in large.items():
+            shape = (-1,) + (1,) * (by_unit.ndim - 1)
+            large[slot] = by_unit.masked_fill(bad.view(shape), 0.0)
+        for deferred in self._deferred.values():
+            deferred.gradient.forget(bad)
+
+
+def clip_factors(norm: Tensor, max_norm: float) -> Tensor:
+    """What to scale each unit by: ``min(1, C / norm)``, 0 where the norm is not finite.
+
+    Stays below the bound by what rounding may add: a few float32 errors, or those of reduced
+    precision products where the device may use them.
+    """
+    loose = norm.is_cuda and (
+        torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    )
+    reduced = loose or torch.is_autocast_enabled(norm.device.type)
+    margin = 2.0**-9 if reduced else 8 * torch.finfo(norm.dtype).eps
+    scale = (max_norm * (1 - margin) / norm).clamp(max=1.0)
+    return torch.where(torch.isfinite(norm), scale, torch.zeros_like(norm))
+
+
+def autocast(*tensors: Tensor | None) -> list[Any]:
+    """Tensors in the type that autocast wants products to be in, if it is on."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16) else t
+        for t in tensors
+    ]
