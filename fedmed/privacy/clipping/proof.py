@@ -33,20 +33,24 @@ def prove(
     images: Tensor,
     targets: Tensor,
     clipped_sum: ClippedSum,
+    *,
+    samples: int = 3,
 ) -> None:
     """Compare ``clipped_sum`` with autograd on random images, once a network and image shape.
 
     Args:
         images: their shape, type and device are used; not their content, unless they are indices.
         targets: the first of them stands for all.
+        samples: 2, or 3 to try a unit of several images too.
 
     Raises:
         IncompatibleModel: the results differ.
     """
-    key = (repr(model), images.shape[1:], images.dtype, images.device.type)
+    named = getattr(loss, "__qualname__", type(loss).__name__)
+    key = (repr(model), named, images.shape[1:], images.dtype, images.device.type, samples)
     if key in _proved:
         return
-    n = len(_UNITS)
+    n = samples
     # A generator of its own: a proof must not move the streams that training draws from.
     generator = torch.Generator().manual_seed(0)
     if images.is_floating_point():
@@ -55,7 +59,7 @@ def prove(
     else:
         trial = images[torch.arange(n) % len(images)]
     answers = targets[:1].expand(n, *targets.shape[1:])
-    units = torch.tensor(_UNITS)
+    units = torch.tensor(_UNITS[:samples])
     with (
         _streams_kept(images.device),
         torch.autocast(images.device.type, enabled=False),
