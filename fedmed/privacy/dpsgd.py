@@ -32,6 +32,8 @@ def _opacus(chunk: int) -> GradientMode:
     return OpacusGradients(chunk)
 
 
+_NOISE_CHUNK = 1 << 22  # bounds the float64 temporaries of the noise
+
 GRADIENT_MODES: Mapping[str, Callable[[int], GradientMode]] = MappingProxyType(
     {"bookkeeping": BookKeepingGradients, "vmap": VmapGradients, "opacus": _opacus}
 )
@@ -121,14 +123,19 @@ class DPEngine:
         return LogicalBatch(tuple(pack_units(units, capacity)))
 
     def privatise(self, total: Tensor) -> Tensor:
-        """The noisy mean gradient of one parameter, of a sum of clipped gradients.
+        """The noisy mean gradient, of a sum of clipped gradients in one dimension.
 
-        The noise is added in float64, so that rounding to the parameter's type comes last.
+        The sum's memory is used for the result. The noise is added in float64, so that rounding
+        to the sum's type comes last.
         """
         spec = self._spec
         std = spec.noise_multiplier * spec.max_grad_norm
-        noise = self._generator.normal(total.shape, std, dtype=torch.float64, device=total.device)
-        return noise.add_(total).div_(spec.expected_batch_size).to(total.dtype)
+        for piece in torch.split(total, _NOISE_CHUNK):
+            noise = self._generator.normal(
+                len(piece), std, dtype=torch.float64, device=total.device
+            )
+            piece.copy_(noise.add_(piece).div_(spec.expected_batch_size))
+        return total
 
     def count_step(self) -> None:
         """Count one step as taken, before its result exists.
@@ -167,7 +174,14 @@ class _DPSetup:
         self._capacity = capacity
         self._copies = copies
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._sums: list[Tensor] = []
+        dtypes = {torch.promote_types(p.dtype, torch.float32) for p in self._parameters}
+        self._total = torch.zeros(
+            sum(p.numel() for p in self._parameters),
+            dtype=max(dtypes, key=lambda dtype: dtype.itemsize),
+            device=self._parameters[0].device,
+        )
+        self._sums = self._by_parameter(self._total)
+        self._drawn = False
         self._pending: list[Part] = []
         optimizer.zero_grad(set_to_none=True)
 
@@ -175,7 +189,8 @@ class _DPSetup:
         for _ in range(self._steps):
             batch = self._engine.draw(self._cohort, self._capacity)
             self._pending = list(batch.parts)
-            self._sums = [torch.zeros_like(p) for p in self._parameters]
+            self._total.zero_()
+            self._drawn = True
             yield batch
 
     def accumulate(self, images: Tensor, targets: Tensor, part: Part) -> None:
@@ -193,15 +208,20 @@ class _DPSetup:
             self._engine.max_grad_norm,
             self._copies,
         )
-        for total, addend in zip(self._sums, clipped, strict=True):
-            total.add_(addend)
+        torch._foreach_add_(self._sums, clipped)
 
     def step(self) -> None:
-        if not self._sums:
+        if not self._drawn:
             raise ValueError("expected step() once for each batch drawn")
         self._engine.count_step()
-        for parameter, total in zip(self._parameters, self._sums, strict=True):
-            parameter.grad = self._engine.privatise(total)
-        self._sums, self._pending = [], []
+        noisy = self._by_parameter(self._engine.privatise(self._total))
+        for parameter, mean in zip(self._parameters, noisy, strict=True):
+            parameter.grad = mean.to(parameter.dtype)
+        self._drawn, self._pending = False, []
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def _by_parameter(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat tensor in the parameters' shapes."""
+        pieces = torch.split(flat, [p.numel() for p in self._parameters])
+        return [t.view(p.shape) for t, p in zip(pieces, self._parameters, strict=True)]

@@ -3,19 +3,20 @@
 A DP guarantee holds against an adversary who knows everything but the noise. Noise from
 ``torch.manual_seed`` can be replayed by whoever knows the seed, and Mersenne Twister or Philox
 streams can be recovered from their output. Here every bit comes from AES-256 in counter mode
-(NIST SP 800-38A) under a key that ``os.urandom`` gave to this process, and that is never
-written, sent or derived from a configuration.
+(NIST SP 800-38A), or from ChaCha20 where the noise is made on an accelerator, under a key that
+``os.urandom`` gave to this process and that is never written, sent or derived from a setting.
 
 What is claimed: computationally unpredictable sampling and noise; uniforms with 53 bits; a
 Gaussian by Box and Muller (1958) in double precision, whose tails end at 8.57 standard
-deviations per summand (the mass beyond is below 1e-16).
+deviations (the mass beyond is below 1e-16).
 
-What is not claimed: an exact Gaussian. Doubles are not reals, and the low bits of a single
-Box-Muller draw can be inverted to test candidate values (Mironov 2012, doi:10.1145/2382196.2382264;
-for DP-SGD Jin et al. 2022, arXiv:2112.05307). As a mitigation every value is the scaled sum of
-:data:`SUMMANDS` independent Gaussians, which makes that inversion a search over several doubles
-(Holohan and Braghin 2021, doi:10.1007/978-3-030-88428-4_26). It is a mitigation, not a proof, and
-timing is not hidden.
+What is not claimed: an exact Gaussian. Doubles are not reals, and the low bits of a Box-Muller
+double can be inverted to test candidate values (Mironov 2012, doi:10.1145/2382196.2382264; for
+DP-SGD Jin et al. 2022, arXiv:2112.05307). Against that the engine adds noise in double precision
+and rounds the noisy sum to float32 last: each float32 is then reached by a great many of the
+2^106 pairs of uniforms, so which values can occur no longer depends on what the noise was added
+to. That is a mitigation, not a proof, it does not hold for a network kept in float64, and timing
+is not hidden.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from torch import Tensor
 
-SUMMANDS = 4
-"""Independent Gaussians added up for each value returned."""
+from fedmed.privacy.chacha import ChaChaStream
 
 _BITS = 53
-_CHUNK = 1 << 15  # values worked on at once: the float64 temporaries stay in cache
+_CHUNK = 1 << 17  # values worked on at once: the temporaries stay in cache
+_DEVICE_CHUNK = 1 << 22
 
 
 class SecureGenerator:
@@ -59,7 +60,7 @@ class SecureGenerator:
     ) -> Tensor:
         """Independent Gaussians with mean 0 and standard deviation ``std``.
 
-        The values are made in float64 on the CPU, then rounded to ``dtype`` and moved.
+        The values are made in float64 on ``device``, then rounded to ``dtype``.
 
         Raises:
             ValueError: ``std`` is negative or not finite.
@@ -68,12 +69,20 @@ class SecureGenerator:
             raise ValueError(f"expected std={std} >= 0 and finite")
         size = (shape,) if isinstance(shape, int) else tuple(shape)
         count = math.prod(size)
-        out = torch.empty(count, dtype=torch.float64)
-        scale = std / math.sqrt(SUMMANDS)
-        for start in range(0, count, _CHUNK):
-            piece = out[start : start + _CHUNK]
-            piece.copy_(self._gaussian_sums(len(piece))).mul_(scale)
-        return out.reshape(size).to(device=device, dtype=dtype)
+        device = torch.device(device)
+        out = torch.empty(count, dtype=torch.float64, device=device)
+        chunk = _CHUNK if device.type == "cpu" else _DEVICE_CHUNK
+        for start in range(0, count, chunk):
+            piece = out[start : start + chunk]
+            pairs = (len(piece) + 1) // 2
+            radius, angle = self._uniforms(pairs, device)
+            # (k + 1) / 2^53 lies in (0, 1], so the logarithm is finite.
+            radius.add_(1.0).mul_(2.0**-_BITS).log_().mul_(-2.0 * std * std).sqrt_()
+            angle.mul_(2.0 * math.pi * 2.0**-_BITS)
+            torch.mul(radius, angle.cos(), out=piece[:pairs])
+            rest = len(piece) - pairs
+            torch.mul(radius[:rest], angle.sin_()[:rest], out=piece[pairs:])
+        return out.reshape(size).to(dtype)
 
     def bernoulli(self, n: int, q: float) -> NDArray[np.int64]:
         """Positions selected when each of ``n`` is taken independently with probability ``q``.
@@ -107,19 +116,13 @@ class SecureGenerator:
         uniform = self._words(size).astype(np.float64) * 2.0**-_BITS
         return np.floor(uniform * high).astype(np.int64)
 
-    def _gaussian_sums(self, count: int) -> Tensor:
-        """``count`` sums of :data:`SUMMANDS` standard Gaussians, float64."""
-        pairs = (count + 1) // 2
-        words = self._words(2 * SUMMANDS * pairs).astype(np.float64)
-        uniform = torch.from_numpy(words).view(2, SUMMANDS, pairs)
-        # (k + 1) / 2^53 lies in (0, 1], so the logarithm is finite.
-        radius = uniform[0].add_(1.0).mul_(2.0**-_BITS).log_().mul_(-2.0).sqrt_()
-        angle = uniform[1].mul_(2.0 * math.pi * 2.0**-_BITS)
-        # The summands of one value come from different (radius, angle) pairs: cosine and sine of
-        # the same pair add up to a single Box-Muller draw, and nothing would be gained.
-        cosines = (radius * angle.cos()).sum(0)
-        sines = (radius * angle.sin_()).sum(0)
-        return torch.cat((cosines, sines))[:count]
+    def _uniforms(self, pairs: int, device: torch.device) -> Tensor:
+        """``[2, pairs]`` independent uniform integers in ``[0, 2^53)``, as float64."""
+        if device.type == "cpu":
+            raw = torch.frombuffer(bytearray(self._bytes(16 * pairs)), dtype=torch.int64)
+        else:
+            raw = self._device_stream(device).integers(2 * pairs)
+        return raw.bitwise_and_((1 << _BITS) - 1).to(torch.float64).view(2, pairs)
 
     def _words(self, count: int) -> NDArray[np.uint64]:
         """``count`` independent uniform integers in ``[0, 2^53)``."""
@@ -127,10 +130,21 @@ class SecureGenerator:
         return np.frombuffer(raw, dtype=np.uint64) >> np.uint64(64 - _BITS)
 
     def _bytes(self, count: int) -> bytes:
+        self._fresh_after_fork()
+        keystream: bytes = self._local.stream.update(bytes(count))
+        return keystream
+
+    def _device_stream(self, device: torch.device) -> ChaChaStream:
+        self._fresh_after_fork()
+        streams: dict[torch.device, ChaChaStream] = self._local.device_streams
+        if device not in streams:
+            streams[device] = ChaChaStream(device)
+        return streams[device]
+
+    def _fresh_after_fork(self) -> None:
         local = self._local
         if getattr(local, "pid", None) != os.getpid():
             cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16)))
             local.stream = cipher.encryptor()
+            local.device_streams = {}
             local.pid = os.getpid()
-        keystream: bytes = local.stream.update(bytes(count))
-        return keystream

@@ -6,8 +6,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy import stats
 
+from fedmed.privacy.chacha import ChaChaStream
 from fedmed.privacy.noise import SecureGenerator
 
 ALARM = 1e-9  # per test
@@ -129,3 +131,31 @@ def test_threads_take_streams_of_their_own():
     for thread in threads:
         thread.join()
     assert len(set(seen)) == 4
+
+
+def test_chacha_gives_the_known_stream_and_no_block_twice():
+    key, nonce = bytes(range(32)), b"\1\2\3\4\5\6\7\x80"
+    stream = ChaChaStream(torch.device("cpu"), key, nonce)
+    ours = torch.cat([stream.words(3), stream.words(5)], dim=1).t().contiguous().numpy().tobytes()
+    cipher = Cipher(algorithms.ChaCha20(key, bytes(8) + nonce), None).encryptor()
+    assert ours == cipher.update(bytes(64 * 8))
+
+
+def test_two_chacha_streams_differ_and_their_bits_are_fair():
+    one, other = (ChaChaStream(torch.device("cpu")).integers(20_000) for _ in range(2))
+    assert not torch.isin(one, other).any()
+    uniform = (one & ((1 << 53) - 1)).double().numpy() * 2.0**-53
+    assert stats.kstest(uniform, "uniform").pvalue > ALARM
+
+
+def test_noise_of_an_accelerator_is_normal(monkeypatch):
+    """The path of other devices, taken on the CPU."""
+    generator = SecureGenerator()
+
+    def from_chacha(pairs, device):
+        raw = generator._device_stream(device).integers(2 * pairs)
+        return raw.bitwise_and_((1 << 53) - 1).to(torch.float64).view(2, pairs)
+
+    monkeypatch.setattr(generator, "_uniforms", from_chacha)
+    x = generator.normal(100_001, 2.0, dtype=torch.float64).numpy()
+    assert stats.kstest(x / 2.0, "norm").pvalue > ALARM
