@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,6 +140,9 @@ class OptimizerSpec:
             raise ConfigError(f"expected optimizer.momentum={self.momentum} in [0, 1)")
 
 
+PRECISIONS: Final = ("fp32", "bf16")
+
+
 @dataclass(frozen=True)
 class TrainerSpec:
     """One round of local work, the same at every site.
@@ -151,6 +155,8 @@ class TrainerSpec:
         augment_copies: augmented copies of each image averaged before clipping
             (De et al. 2022, "augmentation multiplicity"); 1 is plain augmentation.
         lr_decay: final learning rate over the first, cosine over all rounds; 1 is constant.
+        precision: of the network's products, ``fp32`` or ``bf16`` (autocast); weights, norms,
+            sums and noise are float32 or better in both.
     """
 
     local_steps: int
@@ -158,8 +164,13 @@ class TrainerSpec:
     physical_batch_size: int
     augment_copies: int = 1
     lr_decay: float = 1.0
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"unknown trainer.precision={self.precision!r}", f"use {' or '.join(PRECISIONS)}"
+            )
         for name in ("local_steps", "batch_size", "physical_batch_size", "augment_copies"):
             if not 1 <= getattr(self, name) <= MOST_STEPS:
                 raise ConfigError(

@@ -119,6 +119,7 @@ class TrainerConfig:
     physical_batch_size: int = 64
     augment_copies: int = 1
     lr_decay: float = 1.0
+    precision: str = "fp32"  # fp32 | bf16
     device: str = "auto"  # auto | cpu | cuda | cuda:N
 
 

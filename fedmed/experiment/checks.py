@@ -51,6 +51,8 @@ def check_settings(config: Config, task: TrainTask) -> None:
     one_of("logger.name", config.logger.name, LOGGERS)
     one_of("optimizer.name", config.optimizer.name, tuple(OPTIMIZERS))
     one_of("privacy.gradients", config.privacy.gradients, tuple(GRADIENT_MODES))
+    if task.dp is not None and task.trainer.precision != "fp32":
+        one_of("privacy.gradients", config.privacy.gradients, ("bookkeeping",))
     norm = federation.max_update_norm
     bounds = (
         ("federation.fraction_sites", 0 < federation.fraction_sites <= 1, "a number in (0, 1]"),

@@ -152,6 +152,7 @@ def train_task(config: Config, run_id: str) -> TrainTask:
             physical_batch_size=trainer.physical_batch_size,
             augment_copies=trainer.augment_copies,
             lr_decay=trainer.lr_decay,
+            precision=trainer.precision,
         ),
         dp=dp_request(config),
         arrays=PackedArrays((), {}),

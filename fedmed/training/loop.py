@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -21,12 +22,14 @@ def run_steps(
     setup: TrainSetup,
     source: BatchSource,
     *,
+    precision: Callable[[], AbstractContextManager[None]],
     before_step: Callable[[int], None],
     after_step: Callable[[], None],
 ) -> int:
     """Take every step of a prepared round.
 
     Args:
+        precision: in which the network's products are computed.
         before_step: called with the step's index; sets the learning rate.
         after_step: called once the optimiser has moved; FedProx' pull acts here, after
             clipping and noise.
@@ -39,7 +42,8 @@ def run_steps(
         before_step(index)
         for part in batch.parts:
             images, targets = source.fetch(part)
-            setup.accumulate(images, targets, part)
+            with precision():
+                setup.accumulate(images, targets, part)
             seen += len(part.images)
         setup.step()
         after_step()

@@ -6,7 +6,9 @@ import hashlib
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +188,7 @@ class Trainer:
             images = run_steps(
                 prepared.setup,
                 source,
+                precision=partial(_autocast, self._device, task.trainer.precision),
                 before_step=_Schedule(optimizer, task),
                 after_step=_Proximal(model, optimizer, task),
             )
@@ -196,6 +199,10 @@ class Trainer:
             images=images,
             seconds=time.perf_counter() - started,
         )
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 class _Schedule:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedmed.codec import decode, encode, plain
 from fedmed.errors import ConfigError
 from fedmed.types import (
+    PRECISIONS,
     AugmentSpec,
     ClientUpdate,
     DPRequest,
@@ -74,6 +75,7 @@ TRAINERS = st.builds(
     physical_batch_size=counts,
     augment_copies=counts,
     lr_decay=shares,
+    precision=st.sampled_from(PRECISIONS),
 )
 AUGMENTS = st.builds(
     AugmentSpec,

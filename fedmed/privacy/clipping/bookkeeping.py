@@ -18,12 +18,11 @@ from fedmed.privacy.clipping.choice import Chooser
 from fedmed.privacy.clipping.interception import Interception
 from fedmed.privacy.clipping.layout import Layout, Piece, pieces
 from fedmed.privacy.clipping.proof import prove
-from fedmed.privacy.clipping.tape import REMEDY, Tape, clip_factors
+from fedmed.privacy.clipping.tape import REMEDY, Precision, Tape, clip_factors
 from fedmed.privacy.compat import verdict
 from fedmed.privacy.gradients import PerSampleLoss
 
 _CHOOSER = Chooser()
-_FLOAT16_SCALE = 2.0**10  # keeps small gradients above float16's smallest number
 
 
 class BookKeepingGradients:
@@ -31,7 +30,7 @@ class BookKeepingGradients:
 
     Args:
         capacity: most samples (images with their copies) in one forward pass. A unit with more
-            is taken alone, in several passes.
+            is taken alone, in several passes. Halved by itself when the memory does not suffice.
         chooser: how each layer's norms are computed; by default measured once a geometry.
     """
 
@@ -97,10 +96,28 @@ class BookKeepingGradients:
         total: list[Tensor] = []
         order = units.cpu().numpy().astype(np.int64)
         with _gradients_set_aside(parameters):
-            for piece in pieces(order, n_units, copies, self._capacity):
-                part = self._piece(model, loss, images, targets, piece, max_norm)
-                total = _add(total, part) if total else part
+            todo = pieces(order, n_units, copies, self._capacity)
+            while todo:
+                try:
+                    part = self._piece(model, loss, images, targets, todo[0], max_norm)
+                except torch.OutOfMemoryError:
+                    # Nothing of the piece was added yet, and its units stay whole.
+                    _forget_gradients(parameters)
+                    self._halve(len(todo[0].weights))
+                    todo = [smaller for piece in todo for smaller in piece.cut(self._capacity)]
+                else:
+                    total = _add(total, part) if total else part
+                    todo = todo[1:]
         return total
+
+    def _halve(self, samples: int) -> None:
+        if min(samples, self._capacity) == 1:
+            raise torch.OutOfMemoryError(
+                "one image does not fit the device's memory: use smaller images or a smaller model"
+            )
+        self._capacity = min(samples, self._capacity) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _piece(
         self,
@@ -118,7 +135,8 @@ class BookKeepingGradients:
         if piece.layout.units == 1:
             return self._alone(model, loss, images, targets, weights, max_norm)
         tape = one_pass(model, loss, images, targets, weights, piece.layout, self._chooser)
-        return tape.clipped_sum(max_norm, _scale(images.device))
+        with torch.autocast(images.device.type, enabled=False):
+            return tape.clipped_sum(max_norm)
 
     def _alone(
         self,
@@ -131,11 +149,13 @@ class BookKeepingGradients:
     ) -> list[Tensor]:
         """One unit, of any size: its gradient is the batch's, so autograd has it."""
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        scale = _scale(images.device)
+        precision = Precision.current(images.device)
         for first in range(0, len(images), self._capacity):
             rows = slice(first, first + self._capacity)
             losses = loss(model(images[rows]), targets[rows])
-            torch.autograd.backward(losses, weights[rows].to(losses.dtype) * scale)
+            with torch.autocast(images.device.type, enabled=False):
+                seed = weights[rows].to(losses.dtype) * precision.scale
+                torch.autograd.backward(losses, seed)
         grads = [
             _zeros(p) if p.grad is None else p.grad.to(torch.promote_types(p.dtype, torch.float32))
             for _, p in named
@@ -143,7 +163,7 @@ class BookKeepingGradients:
         for _, p in named:
             p.grad = None
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
-        factor = clip_factors(norm / scale, max_norm) / scale
+        factor = clip_factors(norm / precision.scale, max_norm, precision) / precision.scale
         # 0 times infinity is not 0.
         return [torch.where(factor > 0, g * factor, torch.zeros_like(g)) for g in grads]
 
@@ -166,11 +186,14 @@ def one_pass(
     if root.is_floating_point():
         root.requires_grad_(True)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    tape = Tape(named, layout, chooser, root)
+    precision = Precision.current(images.device)
+    tape = Tape(named, layout, chooser, root, precision)
     with Interception(tape):
         logits = model(root)
     losses = loss(logits, targets)
-    torch.autograd.backward(losses, weights.to(losses.dtype) * _scale(images.device))
+    # Norms and sums are taken in the parameters' precision, not in autocast's.
+    with torch.autocast(images.device.type, enabled=False):
+        torch.autograd.backward(losses, weights.to(losses.dtype) * precision.scale)
     for name, parameter in named:
         if parameter.grad is not None:
             parameter.grad = None
@@ -179,14 +202,6 @@ def one_pass(
                 REMEDY,
             )
     return tape
-
-
-def _scale(device: torch.device) -> float:
-    half = (
-        torch.is_autocast_enabled(device.type)
-        and torch.get_autocast_dtype(device.type) == torch.float16
-    )
-    return _FLOAT16_SCALE if half else 1.0
 
 
 def _zeros(parameter: Tensor) -> Tensor:
@@ -198,12 +213,16 @@ def _add(total: list[Tensor], part: list[Tensor]) -> list[Tensor]:
     return [t.add_(p) for t, p in zip(total, part, strict=True)]
 
 
+def _forget_gradients(parameters: list[nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad = None
+
+
 @contextlib.contextmanager
 def _gradients_set_aside(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Gradients that were there before are there afterwards, and not in between."""
     before = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
+    _forget_gradients(parameters)
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,64 +78,63 @@ class Piece:
     """Whole units that go through the network together.
 
     Attributes:
-        samples: int64 positions in the batch, or a slice where they are contiguous.
-        weights: ``[samples]``, one over the samples of the unit: the loss of a unit is its mean.
-        layout: their units.
+        images: int64 positions of images in the batch, unit by unit.
+        counts: images of each unit, ascending.
+        copies: samples of each image.
     """
 
-    samples: NDArray[np.int64] | slice
-    weights: NDArray[np.float64]
-    layout: Layout
+    images: NDArray[np.int64]
+    counts: tuple[int, ...]
+    copies: int
+
+    @property
+    def samples(self) -> NDArray[np.int64] | slice:
+        """Positions of the samples in the batch; a slice where they are contiguous."""
+        first, n = int(self.images[0]), len(self.images)
+        if np.array_equal(self.images, np.arange(first, first + n)):
+            return slice(first * self.copies, (first + n) * self.copies)
+        return (self.images[:, None] * self.copies + np.arange(self.copies)).reshape(-1)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """``[samples]``, one over the samples of the unit: the loss of a unit is its mean."""
+        return np.repeat(1.0 / (np.repeat(self.counts, self.counts) * self.copies), self.copies)
+
+    @property
+    def layout(self) -> Layout:
+        """The units, by equal size."""
+        spans: list[Span] = []
+        unit = sample = 0
+        for size, many in zip(*np.unique(self.counts, return_counts=True), strict=True):
+            spans.append(Span(unit, int(many), sample, int(size) * self.copies))
+            unit += int(many)
+            sample += int(many * size) * self.copies
+        return Layout(samples=sample, units=unit, spans=tuple(spans))
+
+    def cut(self, capacity: int) -> list[Piece]:
+        """The same units in pieces of at most ``capacity`` samples, unless a unit has more."""
+        result: list[Piece] = []
+        first = start = 0
+        for unit, end in enumerate(np.cumsum(self.counts).tolist()):
+            if unit > first and (end - start) * self.copies > capacity:
+                stop = end - self.counts[unit]
+                result.append(Piece(self.images[start:stop], self.counts[first:unit], self.copies))
+                first, start = unit, stop
+        return [*result, Piece(self.images[start:], self.counts[first:], self.copies)]
 
 
-def pieces(units: NDArray[np.int64], n_units: int, copies: int, capacity: int) -> Sequence[Piece]:
+def pieces(units: NDArray[np.int64], n_units: int, copies: int, capacity: int) -> list[Piece]:
     """Order a batch by unit and cut it into pieces of at most ``capacity`` samples.
 
     Units of equal size are put side by side, so that a layer meets few spans. A unit with more
     samples than ``capacity`` is a piece of its own.
 
     Args:
-        units: ``[m]`` the unit of each image, in ``0 .. n_units - 1``.
+        units: ``[m]`` the unit of each image, in ``0 .. n_units - 1``; at least one.
         copies: adjacent samples of one image; all belong to its unit.
     """
     counts = np.bincount(units, minlength=n_units)
     # By size, then by unit; images keep their order within a unit.
     order = np.lexsort((np.arange(len(units)), units, counts[units]))
-    present = np.flatnonzero(counts)
-    present = present[np.argsort(counts[present], kind="stable")]
-    result: list[Piece] = []
-    first_image = 0
-    waiting: list[int] = []
-
-    def flush() -> None:
-        nonlocal first_image
-        if not waiting:
-            return
-        images = order[first_image : first_image + sum(waiting)]
-        first_image += len(images)
-        result.append(_piece(images, waiting, copies))
-        waiting.clear()
-
-    for count in counts[present].tolist():
-        if waiting and (sum(waiting) + count) * copies > capacity:
-            flush()
-        waiting.append(count)
-    flush()
-    return result
-
-
-def _piece(images: NDArray[np.int64], counts: Sequence[int], copies: int) -> Piece:
-    sizes = np.repeat(counts, counts)
-    weights = np.repeat(1.0 / (sizes * copies), copies)
-    spans: list[Span] = []
-    unit = sample = 0
-    for size, many in zip(*np.unique(counts, return_counts=True), strict=True):
-        spans.append(Span(unit, int(many), sample, int(size) * copies))
-        unit += int(many)
-        sample += int(many * size) * copies
-    layout = Layout(samples=sample, units=unit, spans=tuple(spans))
-    if np.array_equal(images, np.arange(images[0], images[0] + len(images))):
-        first = int(images[0]) * copies
-        return Piece(slice(first, first + sample), weights, layout)
-    positions = (images[:, None] * copies + np.arange(copies)).reshape(-1)
-    return Piece(positions, weights, layout)
+    present = np.sort(counts[counts > 0])
+    return Piece(order, tuple(present.tolist()), copies).cut(capacity)

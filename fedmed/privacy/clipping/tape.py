@@ -41,6 +41,32 @@ class Slot:
         return torch.promote_types(self.tensor.dtype, torch.float32)
 
 
+@dataclass(frozen=True)
+class Precision:
+    """In which precision products are computed.
+
+    Attributes:
+        scale: what the loss is multiplied by, so that float16 keeps small gradients.
+        margin: how far below the bound clipping stays at least, for what products may add.
+    """
+
+    scale: float
+    margin: float
+
+    @classmethod
+    def current(cls, device: torch.device) -> Precision:
+        """As autocast and the device's settings have it now."""
+        autocast = torch.is_autocast_enabled(device.type)
+        half = autocast and torch.get_autocast_dtype(device.type) == torch.float16
+        loose = device.type == "cuda" and (
+            torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        )
+        return cls(
+            scale=2.0**10 if half else 1.0,
+            margin=2.0**-9 if autocast or loose else 0.0,
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class _Deferred:
     """A gradient whose norms are known and whose clipped sum waits for the factors."""
@@ -58,6 +84,7 @@ class Tape:
         layout: the units of the batch.
         chooser: how a layer's norm and sum are computed.
         root: the network's input, whose own gradient nobody reads.
+        precision: of the forward pass.
     """
 
     def __init__(
@@ -66,7 +93,9 @@ class Tape:
         layout: Layout,
         chooser: Chooser,
         root: Tensor,
+        precision: Precision,
     ) -> None:
+        self._precision = precision
         self.layout = layout
         self._chooser = chooser
         self._root = root
@@ -170,17 +199,14 @@ class Tape:
 
     # ---- afterwards
 
-    def clipped_sum(self, max_norm: float, scale: float = 1.0) -> list[Tensor]:
-        """Sum over units of the gradient clipped to ``max_norm``, one tensor a parameter.
-
-        Args:
-            scale: the loss was multiplied by it before the backward pass.
-        """
+    def clipped_sum(self, max_norm: float) -> list[Tensor]:
+        """Sum over units of the gradient clipped to ``max_norm``, one tensor a parameter."""
         self._resolve()
         with torch.no_grad():  # inputs of layers still know how they were computed
-            return self._clipped_sum(max_norm, scale)
+            return self._clipped_sum(max_norm)
 
-    def _clipped_sum(self, max_norm: float, scale: float) -> list[Tensor]:
+    def _clipped_sum(self, max_norm: float) -> list[Tensor]:
+        scale = self._precision.scale
         columns, large = self._columns()
         squared = sum(
             (deferred.squared_norms for deferred in self._deferred.values()),
@@ -191,7 +217,7 @@ class Tape:
         for by_unit in large.values():
             squared = squared + squared_norms(by_unit)
         norm = squared.sqrt() / scale
-        factors = clip_factors(norm, max_norm)
+        factors = clip_factors(norm, max_norm, self._precision)
         if not bool(torch.isfinite(norm).all()):
             self._forget(~torch.isfinite(norm), columns, large)
         sums: dict[Slot, Tensor] = {}
@@ -265,17 +291,9 @@ class Tape:
             deferred.gradient.forget(bad)
 
 
-def clip_factors(norm: Tensor, max_norm: float) -> Tensor:
-    """What to scale each unit by: ``min(1, C / norm)``, 0 where the norm is not finite.
-
-    Stays below the bound by what rounding may add: a few float32 errors, or those of reduced
-    precision products where the device may use them.
-    """
-    loose = norm.is_cuda and (
-        torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    )
-    reduced = loose or torch.is_autocast_enabled(norm.device.type)
-    margin = 2.0**-9 if reduced else 8 * torch.finfo(norm.dtype).eps
+def clip_factors(norm: Tensor, max_norm: float, precision: Precision) -> Tensor:
+    """What to scale each unit by: ``min(1, C / norm)``, 0 where the norm is not finite."""
+    margin = max(precision.margin, 8 * torch.finfo(norm.dtype).eps)  # a few rounding errors
     scale = (max_norm * (1 - margin) / norm).clamp(max=1.0)
     return torch.where(torch.isfinite(norm), scale, torch.zeros_like(norm))
 
