@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class BookKeepingGradients:
             raise ValueError(f"expected capacity={capacity} >= 1")
         self._capacity = capacity
         self._chooser = chooser or _CHOOSER
-        self._proved: set[tuple[int, torch.Size]] = set()
+        self._proved: WeakKeyDictionary[nn.Module, set[torch.Size]] = WeakKeyDictionary()
 
     def check(self, model: nn.Module) -> None:
         """Refuse layers that mix samples or keep statistics of them.
@@ -76,9 +77,10 @@ class BookKeepingGradients:
         if len(units) == 0:
             return [_zeros(p) for p in model.parameters() if p.requires_grad]
         # With one sample a pass every unit is alone, and autograd's gradient is the unit's.
-        if self._capacity > 1 and (id(model), images.shape[1:]) not in self._proved:
+        proved = self._proved.setdefault(model, set())
+        if self._capacity > 1 and images.shape[1:] not in proved:
             prove(model, loss, images, targets, self._all_pieces, samples=min(3, self._capacity))
-            self._proved.add((id(model), images.shape[1:]))
+            proved.add(images.shape[1:])
         return self._all_pieces(model, loss, images, targets, units, n_units, max_norm, copies)
 
     def _all_pieces(

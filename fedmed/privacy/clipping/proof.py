@@ -47,7 +47,7 @@ def prove(
         IncompatibleModel: the results differ.
     """
     named = getattr(loss, "__qualname__", type(loss).__name__)
-    key = (repr(model), named, images.shape[1:], images.dtype, images.device.type, samples)
+    key = (_signature(model), named, images.shape[1:], images.dtype, images.device.type, samples)
     if key in _proved:
         return
     n = samples
@@ -55,7 +55,9 @@ def prove(
     generator = torch.Generator().manual_seed(0)
     if images.is_floating_point():
         shape = (n, *images.shape[1:])
-        trial = torch.randn(shape, generator=generator, dtype=images.dtype).to(images.device)
+        # Autocast is off: images in half precision would not meet weights in full.
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        trial = torch.randn(shape, generator=generator, dtype=dtype).to(images.device)
     else:
         trial = images[torch.arange(n) % len(images)]
     answers = targets[:1].expand(n, *targets.shape[1:])
@@ -79,6 +81,21 @@ def prove(
             "set privacy.gradients=vmap, which is slower and takes any layer",
         )
     _proved.add(key)
+
+
+def _signature(model: nn.Module) -> Hashable:
+    """What a network computes, weights aside: classes, settings, what is trained."""
+    modules = tuple(
+        (type(module), tuple((k, repr(v)) for k, v in vars(module).items() if _is_setting(k, v)))
+        for module in model.modules()
+    )
+    trained = tuple((n, p.shape, p.requires_grad) for n, p in model.named_parameters())
+    return repr(model), modules, trained
+
+
+def _is_setting(name: str, value: object) -> bool:
+    kinds = (bool, int, float, str, tuple, list, type(None))
+    return name != "training" and isinstance(value, kinds)
 
 
 def _gradient(
