@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from fedmed.errors import IncompatibleModel
 from fedmed.privacy.clipping.choice import Chooser
@@ -79,8 +80,9 @@ class BookKeepingGradients:
         # With one sample a pass every unit is alone, and autograd's gradient is the unit's.
         proved = self._proved.setdefault(model, set())
         if self._capacity > 1 and images.shape[1:] not in proved:
-            prove(model, loss, images, targets, self._all_pieces, samples=min(3, self._capacity))
-            proved.add(images.shape[1:])
+            samples = min(3, self._capacity)
+            if prove(model, loss, images, targets, self._all_pieces, samples=samples):
+                proved.add(images.shape[1:])
         return self._all_pieces(model, loss, images, targets, units, n_units, max_norm, copies)
 
     def _all_pieces(
@@ -195,7 +197,14 @@ def one_pass(
     losses = loss(logits, targets)
     # Norms and sums are taken in the parameters' precision, not in autocast's.
     with torch.autocast(images.device.type, enabled=False):
-        torch.autograd.backward(losses, weights.to(losses.dtype) * precision.scale)
+        try:
+            torch.autograd.backward(losses, weights.to(losses.dtype) * precision.scale)
+        except CheckpointError as error:
+            # What autograd runs again in the backward pass is out of reach of the rules.
+            raise IncompatibleModel(
+                "the network keeps no activations and runs layers again in its backward pass",
+                "switch activation checkpointing off and lower trainer.physical_batch_size",
+            ) from error
     for name, parameter in named:
         if parameter.grad is not None:
             parameter.grad = None

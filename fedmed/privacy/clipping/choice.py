@@ -56,9 +56,11 @@ class Chooser:
         per_unit = gradient.layout.spans[-1].per_unit
         device = gradient.inputs.device.type
         key = (gradient.key, bucket, per_unit, may_defer, device, torch.get_num_threads())
-        if key not in self._best:
-            self._best[key] = self._forced(gradient, may_defer) or _measure(gradient, may_defer)
-        return self._best[key]
+        way = self._best.get(key)
+        if way is None or not _offered(way, gradient):
+            way = self._forced(gradient, may_defer) or _measure(gradient, may_defer)
+            self._best[key] = way
+        return way
 
     def _forced(self, gradient: WeightGradient, may_defer: bool) -> Way | None:
         force = self._force
@@ -66,8 +68,15 @@ class Chooser:
             return None
         if force.sums is None or not may_defer:
             return force if force.norms in gradient.forms() and force.sums is None else None
-        known = force.norms in {**gradient.forms(), **gradient.grams()}
-        return force if known and force.sums in gradient.sums() else None
+        return force if _offered(force, gradient) else None
+
+
+def _offered(way: Way, gradient: WeightGradient) -> bool:
+    """Whether a remembered way is open to this one, whose batch may have another size."""
+    if way.sums is None:
+        return way.norms in gradient.forms()
+    known = way.norms in gradient.forms() or way.norms in gradient.grams()
+    return known and way.sums in gradient.sums()
 
 
 def _measure(gradient: WeightGradient, may_defer: bool) -> Way:

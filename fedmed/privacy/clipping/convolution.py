@@ -122,15 +122,6 @@ class ConvolutionGradient(WeightGradient):
         columns = self._columns(inputs, 1)[0]
         return (_by_unit(outputs, 1)[0] @ columns.t()).view(self._geometry.weight)
 
-    def scaled(self, factors: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`WeightGradient.scaled`; here rows may be several a sample."""
-        inputs, outputs = self.inputs.to(self.dtype), self.outputs.to(self.dtype)
-        each = self.layout.spread(factors.to(self.dtype), len(inputs))
-        each = each.view(-1, *(1,) * (inputs.ndim - 1))
-        if inputs.numel() < outputs.numel():
-            return inputs * each, outputs
-        return inputs, outputs * each
-
     def _rows(self, span: Span) -> tuple[Tensor, Tensor, int]:
         fold = len(self.inputs) // self.layout.samples
         rows = span.rows(fold)

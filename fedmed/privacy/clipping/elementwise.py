@@ -95,7 +95,7 @@ def rowwise(tape: Tape, parameter: Tensor, ndim: int, rows: int) -> Tensor:
 def _elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
     def rule(tape: Tape, *args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        data = [t for t in tensors if t.requires_grad and tape.slot(t) is None]
+        data = [t for t in tensors if tape.is_data(t)]
         ndim = max(t.ndim for t in tensors)
         if any(t.ndim != ndim for t in data) or len({len(t) for t in data}) > 1:
             raise IncompatibleModel(f"{function.__name__} broadcasts data along the batch", REMEDY)
@@ -120,7 +120,7 @@ def prelu(tape: Tape, input: Tensor, weight: Tensor) -> Tensor:
 
 def concatenate(tape: Tape, tensors: Sequence[Tensor], dim: int = 0, **named: Any) -> Tensor:
     """``torch.cat`` along any dimension but the batch."""
-    data = [t for t in tensors if t.requires_grad and tape.slot(t) is None]
+    data = [t for t in tensors if tape.is_data(t)]
     if dim % data[0].ndim == 0:
         raise IncompatibleModel("torch.cat joins parameters to the batch", REMEDY)
     tape.fold(data[0], "torch.cat")

@@ -23,9 +23,11 @@ class _Vectorised(torch.autograd.Function):
         call: Callable[..., Tensor],
         tape: Tape,
         slots: Sequence[Slot | None],
+        name: str,
         *tensors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(*tensors)
+        ctx.name = name
         ctx.call, ctx.tape, ctx.slots = call, tape, slots
         return call(*tensors)
 
@@ -43,7 +45,16 @@ class _Vectorised(torch.autograd.Function):
             return tuple(pull(row.unsqueeze(0)))
 
         batched = (0, *(0 if slot is None else None for slot in slots))
-        by_row = vmap(one, in_dims=batched)(gradient, *tensors)
+        try:
+            by_row = vmap(one, in_dims=batched)(gradient, *tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise IncompatibleModel(
+                f"operation {ctx.name} on a trainable parameter cannot be followed row by row "
+                f"({next(iter(str(error).splitlines()), '')})",
+                REMEDY,
+            ) from error
         through: list[Tensor | None] = []
         for slot, rows in zip(slots, by_row, strict=True):
             if slot is None:
@@ -51,7 +62,7 @@ class _Vectorised(torch.autograd.Function):
             else:
                 ctx.tape.add_rows(slot, rows)
                 through.append(None)
-        return None, None, None, *through
+        return None, None, None, None, *through
 
 
 def vectorised(
@@ -72,7 +83,7 @@ def vectorised(
     moving = [
         position
         for position, a in enumerate(args)
-        if isinstance(a, Tensor) and (a.requires_grad or tape.slot(a) is not None)
+        if isinstance(a, Tensor) and (tape.is_data(a) or tape.slot(a) is not None)
     ]
     fixed = [a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in moving]
     read = [tape.read(args[position]) for position in moving]
@@ -91,7 +102,7 @@ def vectorised(
         result: Tensor = function(*full, **kwargs)
         return result
 
-    result = _Vectorised.apply(call, tape, slots, *(t for t, _ in read))
+    result = _Vectorised.apply(call, tape, slots, name, *(t for t, _ in read))
     if not isinstance(result, Tensor) or result.ndim == 0 or {len(result)} != rows:
         raise refusal
     return result

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -58,16 +57,32 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """See ``torch.overrides``."""
         kwargs = kwargs or {}
-        if not self._tape.tracks(args, kwargs):
-            return func(*args, **kwargs)
+        if self._tape.tracks(args, kwargs):
+            return self._tracked(func, args, kwargs)
+        result = func(*args, **kwargs)
+        kind = type(result)
+        if (kind is Tensor and not result.requires_grad) or kind in (tuple, list):
+            self._follow(result, args, kwargs)
+        return result
+
+    def _follow(self, result: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note results that came from the data but do not show it by a gradient."""
+        lost = [t for t in _tensors((result,), {}) if not t.requires_grad]
+        if lost and any(self._tape.is_data(tensor) for tensor in _tensors(args, kwargs)):
+            for tensor in lost:
+                self._tape.mark_data(tensor)
+
+    def _tracked(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         slots: list[Slot] = []
-        data = func is F.embedding and self._tape.is_data_index(args)
+        data = False
         for tensor in _tensors(args, kwargs):
             slot = self._tape.slot(tensor)
             if slot is not None:
                 slots.append(slot)
-            elif tensor.requires_grad:
-                data = True
+            else:
+                data = data or self._tape.is_data(tensor)
         if data and func not in _LIKE:
             rule = RULES.get(func)
             if rule is not None:

@@ -29,8 +29,8 @@ class WeightGradient(ABC):
     Args:
         layout: the units of the rows.
         dtype: gradients and norms are given in it.
-        inputs: what the layer multiplied with its weight, ``[samples, ...]``.
-        outputs: the gradient of the result, ``[samples, ...]``.
+        inputs: what the layer multiplied with its weight, one row or more a sample.
+        outputs: the gradient of the result, as many rows.
     """
 
     def __init__(self, layout: Layout, dtype: torch.dtype, inputs: Tensor, outputs: Tensor) -> None:
@@ -51,7 +51,7 @@ class WeightGradient(ABC):
 
     def forget(self, units: Tensor) -> None:
         """Let the units that ``units`` (bool, ``[units]``) marks count as zero in sums."""
-        rows = self.layout.spread(units, self.layout.samples)
+        rows = self.layout.spread(units, len(self.inputs))
         self.inputs, self.outputs = (
             x.masked_fill(rows.view(-1, *(1,) * (x.ndim - 1)), 0.0)
             for x in (self.inputs, self.outputs)
@@ -64,7 +64,7 @@ class WeightGradient(ABC):
         than the clipping bound when one unit joins.
         """
         inputs, outputs = self.inputs.to(self.dtype), self.outputs.to(self.dtype)
-        each = self.layout.spread(factors.to(self.dtype), self.layout.samples)
+        each = self.layout.spread(factors.to(self.dtype), len(inputs))
         if inputs.numel() < outputs.numel():
             return inputs * each.view(-1, *(1,) * (inputs.ndim - 1)), outputs
         return inputs, outputs * each.view(-1, *(1,) * (outputs.ndim - 1))

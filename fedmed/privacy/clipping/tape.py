@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -101,6 +102,9 @@ class Tape:
         self._root = root
         self._parameters = [Slot(name, p, is_parameter=True) for name, p in parameters]
         self._slots = {id(slot.tensor): slot for slot in self._parameters}
+        self._constant_data: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        if not root.requires_grad:
+            self.mark_data(root)
         self._formed: dict[Slot, Tensor] = {}
         self._deferred: dict[Slot, _Deferred] = {}
 
@@ -110,15 +114,15 @@ class Tape:
         """Whether ``x`` is the network's input."""
         return x is self._root or (x.is_leaf and x.data_ptr() == self._root.data_ptr())
 
-    def is_data_index(self, args: Sequence[Any]) -> bool:
-        """Whether the first argument holds indices that come with the samples."""
-        index = args[0] if args else None
-        return (
-            isinstance(index, Tensor)
-            and not self._root.is_floating_point()
-            and index.ndim > 0
-            and len(index) % self.layout.samples == 0
-        )
+    def is_data(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed from the network's input."""
+        if tensor.requires_grad:  # the input does, if it can
+            return id(tensor) not in self._slots
+        return self._constant_data.get(id(tensor)) is tensor
+
+    def mark_data(self, tensor: Tensor) -> None:
+        """Remember what came from the input and lost its gradient: indices, frozen layers."""
+        self._constant_data[id(tensor)] = tensor
 
     def tracks(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether an operation reads a tracked tensor. Asked of every one, so it is short."""
