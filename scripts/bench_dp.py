@@ -3,8 +3,9 @@
 Every mode gets the same network, the same batch and does the work up to the gradient that an
 optimiser would read (without noise, which costs all private modes the same):
 
-    plain             torch.autograd.backward(loss)
-    fedmed            our engine (privacy.gradients=bookkeeping)
+    plain             loss.backward()
+    fedmed            our engine (privacy.gradients=bookkeeping), every image a patient
+    fedmed-patients   the same with up to four images of each patient
     vmap              torch.func: vmap over grad
     opacus-hooks      Opacus: GradSampleModule, DPOptimizer's clip_and_accumulate
     opacus-ghost      Opacus: fast gradient clipping
@@ -45,7 +46,15 @@ from fedmed.privacy.compat import make_compatible
 from fedmed.privacy.gradients import VmapGradients
 from fedmed.types import ModelSpec, TaskKind, TaskSpec
 
-MODES = ("plain", "fedmed", "vmap", "opacus-hooks", "opacus-ghost", "opacus-functorch")
+MODES = (
+    "plain",
+    "fedmed",
+    "fedmed-patients",
+    "vmap",
+    "opacus-hooks",
+    "opacus-ghost",
+    "opacus-functorch",
+)
 BOUND = 1.0
 
 
@@ -100,7 +109,6 @@ class Bench:
         case: Case,
         device: torch.device,
         precision: str,
-        per_patient: int,
         channels_last: bool,
     ) -> None:
         dims = len(case.image_size)
@@ -119,7 +127,6 @@ class Bench:
             (case.batch, 1, *case.image_size) if kind is TaskKind.SEGMENTATION else (case.batch,)
         )
         self.targets = torch.randint(0, 3, shape, device=device)
-        self.units = torch.arange(case.batch) // per_patient
         self.device = device
         self._precision = precision
 
@@ -134,8 +141,9 @@ class Bench:
         """One gradient in ``mode``."""
         makers: dict[str, Callable[[], Callable[[], None]]] = {
             "plain": lambda: self._plain,
-            "fedmed": lambda: self._ours(BookKeepingGradients(len(self.images))),
-            "vmap": lambda: self._ours(VmapGradients(len(self.images))),
+            "fedmed": lambda: self._ours(BookKeepingGradients(len(self.images)), 1),
+            "fedmed-patients": lambda: self._ours(BookKeepingGradients(len(self.images)), 4),
+            "vmap": lambda: self._ours(VmapGradients(len(self.images)), 1),
             "opacus-hooks": lambda: self._hooks(functorch=False),
             "opacus-functorch": lambda: self._hooks(functorch=True),
             "opacus-ghost": self._ghost,
@@ -148,13 +156,18 @@ class Bench:
         torch.autograd.backward(loss)
         self.network.zero_grad(set_to_none=True)
 
-    def _ours(self, mode: BookKeepingGradients | VmapGradients) -> Callable[[], None]:
-        n_units = int(self.units[-1]) + 1
+    def _ours(
+        self, mode: BookKeepingGradients | VmapGradients, per_patient: int
+    ) -> Callable[[], None]:
+        # Two patients at least: the gradient of one alone would be a plain backward pass.
+        per_patient = min(per_patient, len(self.images) // 2)
+        units = torch.arange(len(self.images)) // per_patient
+        n_units = int(units[-1]) + 1
 
         def run() -> None:
             with self.autocast():
                 mode.clipped_sum(
-                    self.network, self.loss, self.images, self.targets, self.units, n_units, BOUND
+                    self.network, self.loss, self.images, self.targets, units, n_units, BOUND
                 )
 
         return run
@@ -213,7 +226,7 @@ class Bench:
         def run() -> None:
             with self.autocast():
                 loss = loss_of(wrapped(self.images), self.targets)
-            torch.autograd.backward(loss)
+            loss.backward()  # Opacus' own: two passes
             optimizer.accumulate()
             optimizer.zero_grad(set_to_none=True)
 
@@ -286,7 +299,6 @@ def main() -> None:
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--laps", type=int, default=7)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--images-per-patient", type=int, default=1)
     parser.add_argument("--batch", type=int, default=0, help="instead of each case's own")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -306,9 +318,7 @@ def main() -> None:
         case = CASES[name]
         if arguments.batch:
             case = Case(case.model, case.image_size, arguments.batch, case.params)
-        bench = Bench(
-            case, device, arguments.precision, arguments.images_per_patient, arguments.channels_last
-        )
+        bench = Bench(case, device, arguments.precision, arguments.channels_last)
         seconds, errors = laps(bench, modes, arguments.laps)
         memory: dict[str, float | None] = {}
         for mode in modes:

@@ -6,7 +6,9 @@ from test_gradients import batch, conv2d, cross_entropy, naive, worst
 from torch import nn
 
 from fedmed.errors import IncompatibleModel
+from fedmed.privacy.clipping import outer
 from fedmed.privacy.clipping.bookkeeping import BookKeepingGradients
+from fedmed.privacy.clipping.choice import Chooser, Way
 
 UNITS = torch.tensor([0, 1, 1, 2, 2, 2, 2, 2, 3, 4, 5, 5])
 
@@ -102,3 +104,37 @@ def test_under_autocast_one_unit_stays_below_the_bound(bound):
     moved = torch.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(*both.values(), strict=True)))
     # One unit more moves the sum by no more than its clipped gradient and two roundings of it.
     assert float(moved) <= bound * (1 + 2**-8)
+
+
+def cancelling(seed):
+    """Two units of float32 rows whose outer products nearly cancel, and their loss."""
+    g = torch.Generator().manual_seed(seed)
+    v, h = torch.randn(1, 1, 6, generator=g), torch.randn(1, 1, 5, generator=g)
+    rows = torch.cat([v, v + 1e-4 * torch.randn(1, 1, 6, generator=g)], dim=1) * 300
+    outputs = torch.cat([h, -h + 1e-4 * torch.randn(1, 1, 5, generator=g)], dim=1) * 300
+    images = torch.cat([rows, torch.zeros(1, 2, 6)])
+    return images, torch.cat([outputs, torch.zeros(1, 2, 5)])
+
+
+def largest_clipped(bound):
+    def loss(logits, targets):
+        return (logits * targets).sum((1, 2))
+
+    largest = 0.0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        images, targets = cancelling(seed)
+        mode = BookKeepingGradients(4, Chooser(Way("gram", "product")))
+        model = nn.Linear(6, 5, bias=False)
+        units = torch.tensor([0, 1])
+        (clipped,) = mode.clipped_sum(model, loss, images, targets, units, 2, bound)
+        largest = max(largest, float(clipped.norm()))
+    return largest
+
+
+def test_a_gradient_hidden_by_cancelling_positions_is_clipped(monkeypatch):
+    bound = 1.0
+    assert largest_clipped(bound) <= bound * (1 + 1e-3)
+    # The planted fault: the same norms without the allowance for rounding are too small.
+    monkeypatch.setattr(outer, "_ROUNDING", 0.0)
+    assert largest_clipped(bound) > 2 * bound

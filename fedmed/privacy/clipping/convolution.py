@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from fedmed.errors import IncompatibleModel
 from fedmed.privacy.clipping.layout import Layout, Span
-from fedmed.privacy.clipping.outer import WeightGradient, gram_norms, product
+from fedmed.privacy.clipping.outer import WeightGradient, gram_norms, inner_products, product
 from fedmed.privacy.clipping.tape import REMEDY, Slot, Tape, autocast
 
 _aten = torch.ops.aten
@@ -215,8 +215,7 @@ class ConvolutionGradient(WeightGradient):
             patches += gram[(slice(None), slice(None), *window, slice(None), *window)]
         gradients = _by_unit(outputs, units)
         other = product(gradients.transpose(1, 2), gradients, self.dtype)
-        products = patches.reshape(other.shape).mul_(other)
-        return products.sum((1, 2)).clamp_(min=0.0)
+        return inner_products(patches.reshape(other.shape), other)
 
 
 def _by_unit(rows: Tensor, units: int) -> Tensor:

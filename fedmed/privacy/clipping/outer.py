@@ -16,11 +16,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from fedmed.privacy.clipping.layout import Layout, Span
+
+_ROUNDING: Final = 4.0  # rounding errors by which Gram norms are enlarged
 
 
 class WeightGradient(ABC):
@@ -141,6 +144,19 @@ def gram_norms(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``|a^T b|^2`` of each unit, for ``a`` ``[units, K, p]`` and ``b`` ``[units, K, q]``."""
     if a.shape[1] == 1:
         return a.to(dtype).square().sum((1, 2)) * b.to(dtype).square().sum((1, 2))
-    gram = product(a, a.transpose(1, 2), dtype).mul_(product(b, b.transpose(1, 2), dtype))
-    # Rounding may leave a tiny negative sum where the gradient is zero.
-    return gram.sum((1, 2)).clamp_(min=0.0)
+    return inner_products(
+        product(a, a.transpose(1, 2), dtype), product(b, b.transpose(1, 2), dtype)
+    )
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """``<a, b>`` of each unit's Gram matrices ``[units, K, K]``, safely not too small.
+
+    Where positions cancel, rounding in the terms may hide a gradient that is far larger than the
+    computed norm. The terms are at most ``(sum_l |x_l| |g_l|)^2`` together, which the diagonals
+    give, so a few rounding errors of that are added. Overwrites ``a``.
+    """
+    diagonals = torch.diagonal(a, dim1=1, dim2=2) * torch.diagonal(b, dim1=1, dim2=2)
+    most = diagonals.clamp_(min=0.0).sqrt_().sum(1).square_()
+    rounding = _ROUNDING * torch.finfo(a.dtype).eps
+    return a.mul_(b).sum((1, 2)).clamp_(min=0.0).add_(most, alpha=rounding)
