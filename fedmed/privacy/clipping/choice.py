@@ -19,9 +19,6 @@ from torch import Tensor
 
 from fedmed.privacy.clipping.outer import WeightGradient, squared_norms
 
-_FORMED_MAY_EXCEED: Final = 4.0
-"""Kept gradients may take this many times the memory of what a later sum would hold."""
-
 _LAPS: Final = 3
 _LONG: Final = 0.05  # seconds beyond which one run is enough
 
@@ -82,7 +79,7 @@ def _offered(way: Way, gradient: WeightGradient) -> bool:
 def _measure(gradient: WeightGradient, may_defer: bool) -> Way:
     forms, grams = gradient.forms(), gradient.grams()
     kept = gradient.layout.units * gradient.size * gradient.dtype.itemsize
-    keep = list(forms) if not may_defer or kept <= _FORMED_MAY_EXCEED * gradient.held else []
+    keep = list(forms) if not may_defer or kept <= gradient.may_exceed * gradient.held else []
     defer: list[str] = []
     if may_defer:
         defer = [*grams, *(forms if kept > gradient.held or not keep else ())]

@@ -53,6 +53,10 @@ class ConvolutionGradient(WeightGradient):
     """Of a weight ``[q, p / groups, *k]``: ``inputs`` ``[samples, p, *S]`` correlated with
     ``outputs`` ``[samples, q, *T]``."""
 
+    # Where libraries are slow at what is small, forming is worth more memory than it needs; such
+    # layers are a small part of a network's memory.
+    may_exceed = 4.0
+
     def __init__(
         self,
         layout: Layout,

@@ -34,7 +34,12 @@ class WeightGradient(ABC):
         dtype: gradients and norms are given in it.
         inputs: what the layer multiplied with its weight, one row or more a sample.
         outputs: the gradient of the result, as many rows.
+
+    Attributes:
+        may_exceed: formed gradients are kept up to this many times the memory of the factors.
     """
+
+    may_exceed = 1.0
 
     def __init__(self, layout: Layout, dtype: torch.dtype, inputs: Tensor, outputs: Tensor) -> None:
         self.layout = layout

@@ -229,11 +229,14 @@ class Tape:
             total = torch.mv(matrix.t(), factors.to(matrix.dtype))
             sizes = [slot.tensor.numel() for slot in slots]
             sums.update(zip(slots, torch.split(total, sizes), strict=True))
-        for slot, by_unit in large.items():
+        self._formed.clear()
+        for slot in list(large):  # what is summed is given back at once
+            by_unit = large.pop(slot)
             flat = by_unit.reshape(len(by_unit), -1)
             sums[slot] = torch.mv(flat.t(), factors.to(flat.dtype))
+            del by_unit, flat
         for slot in list(self._deferred):
-            deferred = self._deferred.pop(slot)  # what it holds is given back at once
+            deferred = self._deferred.pop(slot)
             sums[slot] = deferred.gradient.sums()[deferred.way](factors)
         return [
             sums[slot].reshape(slot.tensor.shape).div_(scale)
