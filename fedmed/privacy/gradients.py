@@ -67,6 +67,17 @@ class GradientMode(Protocol):
         """
 
 
+def check_network(model: nn.Module) -> None:
+    """What every mode asks of a network.
+
+    Raises:
+        IncompatibleModel: a layer mixes samples or keeps statistics of them, or nothing is trained.
+    """
+    verdict(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise IncompatibleModel("the network has no trainable parameter", "unfreeze some")
+
+
 class PerImageGradients(ABC):
     """Clipping by unit on top of per-image gradients; subclasses provide those.
 
@@ -81,9 +92,7 @@ class PerImageGradients(ABC):
 
     def check(self, model: nn.Module) -> None:
         """Refuse layers that mix samples or keep statistics of them."""
-        verdict(model)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise IncompatibleModel("the network has no trainable parameter", "unfreeze some")
+        check_network(model)
 
     @abstractmethod
     def per_image(

@@ -31,14 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmed.errors import IncompatibleModel
-from fedmed.privacy.clipping.bookkeeping import BookKeepingGradients
-from fedmed.privacy.clipping.choice import Chooser
-from fedmed.privacy.clipping.interception import Interception
+from fedmed.privacy.clipping.bookkeeping import record
 from fedmed.privacy.clipping.layout import pieces
 from fedmed.privacy.clipping.proof import prove
-from fedmed.privacy.clipping.tape import Precision, Tape
-
-_CHOOSER = Chooser()
+from fedmed.privacy.gradients import check_network
 
 
 class _Pass:
@@ -47,9 +43,7 @@ class _Pass:
     _running = _reached = False
 
     def forward(self, model: nn.Module, images: Tensor, units: Tensor) -> Any:
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in named]
-        self._precision = Precision.current(images.device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         _, dense = np.unique(units.cpu().numpy(), return_inverse=True)
         (piece,) = pieces(dense, int(dense.max()) + 1, 1, len(images))
         rows = piece.samples
@@ -59,10 +53,7 @@ class _Pass:
         if isinstance(rows, np.ndarray):
             images = images[torch.from_numpy(rows).to(images.device)]
             self._back = torch.from_numpy(rows.argsort()).to(images.device)
-        root = images.detach().requires_grad_(images.is_floating_point())
-        self._tape = Tape(named, piece.layout, _CHOOSER, root, self._precision)
-        with Interception(self._tape):
-            outputs = model(root)
+        self._tape, outputs = record(model, images, piece.layout)
         return tree_map(self._hand_out, outputs)
 
     def _hand_out(self, output: Tensor) -> Tensor:
@@ -81,7 +72,7 @@ class _Pass:
 
     def clipped_sum(self, losses: Tensor, max_norm: float) -> list[Tensor]:
         """Sum over units of the gradient of their mean loss, each clipped; one a parameter."""
-        tape, weights = self._tape, self._weights * self._precision.scale
+        tape, weights = self._tape, self._weights * self._tape.precision.scale
         del self._tape  # it holds much, and whoever keeps the outputs keeps this
         for p in self.parameters:
             p.grad = None
@@ -113,7 +104,7 @@ class BookKeepingModule(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        BookKeepingGradients(1).check(module)
+        check_network(module)
         self._module = module
         self._proved: set[tuple[torch.Size, torch.dtype]] = set()
         self._units: Tensor | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,10 +22,10 @@ from fedmed.privacy.clipping.interception import Interception
 from fedmed.privacy.clipping.layout import Layout, Piece, pieces
 from fedmed.privacy.clipping.proof import prove
 from fedmed.privacy.clipping.tape import REMEDY, Precision, Tape, clip_factors
-from fedmed.privacy.compat import verdict
-from fedmed.privacy.gradients import PerSampleLoss
+from fedmed.privacy.gradients import PerSampleLoss, check_network
 
-_CHOOSER = Chooser()
+CHOOSER = Chooser()
+"""Remembers the fastest ways for all of a process."""
 
 
 class BookKeepingGradients:
@@ -40,7 +41,7 @@ class BookKeepingGradients:
         if capacity < 1:
             raise ValueError(f"expected capacity={capacity} >= 1")
         self._capacity = capacity
-        self._chooser = chooser or _CHOOSER
+        self._chooser = chooser or CHOOSER
         self._proved: WeakKeyDictionary[nn.Module, set[torch.Size]] = WeakKeyDictionary()
 
     def check(self, model: nn.Module) -> None:
@@ -49,9 +50,7 @@ class BookKeepingGradients:
         Raises:
             IncompatibleModel: naming the layer.
         """
-        verdict(model)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise IncompatibleModel("the network has no trainable parameter", "unfreeze some")
+        check_network(model)
 
     def clipped_sum(
         self,
@@ -136,9 +135,10 @@ class BookKeepingGradients:
         index = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(images.device)
         images, targets = images[index].detach(), targets[index]
         weights = torch.from_numpy(piece.weights).to(images.device)
-        if piece.layout.units == 1:
+        layout = piece.layout
+        if layout.units == 1:
             return self._alone(model, loss, images, targets, weights, max_norm)
-        tape = one_pass(model, loss, images, targets, weights, piece.layout, self._chooser)
+        tape = one_pass(model, loss, images, targets, weights, layout, self._chooser)
         with torch.autocast(images.device.type, enabled=False):
             return tape.clipped_sum(max_norm)
 
@@ -152,7 +152,7 @@ class BookKeepingGradients:
         max_norm: float,
     ) -> list[Tensor]:
         """One unit, of any size: its gradient is the batch's, so autograd has it."""
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        parameters = [p for p in model.parameters() if p.requires_grad]
         precision = Precision.current(images.device)
         for first in range(0, len(images), self._capacity):
             rows = slice(first, first + self._capacity)
@@ -162,14 +162,24 @@ class BookKeepingGradients:
                 torch.autograd.backward(losses, seed)
         grads = [
             _zeros(p) if p.grad is None else p.grad.to(torch.promote_types(p.dtype, torch.float32))
-            for _, p in named
+            for p in parameters
         ]
-        for _, p in named:
-            p.grad = None
+        _forget_gradients(parameters)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
         factor = clip_factors(norm / precision.scale, max_norm, precision) / precision.scale
         # 0 times infinity is not 0.
         return [torch.where(factor > 0, g * factor, torch.zeros_like(g)) for g in grads]
+
+
+def record(
+    model: nn.Module, images: Tensor, layout: Layout, chooser: Chooser = CHOOSER
+) -> tuple[Tape, Any]:
+    """The forward pass of one batch, and the tape on which its backward pass will be."""
+    root = images.detach().requires_grad_(images.is_floating_point())
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    tape = Tape(named, layout, chooser, root, Precision.current(images.device))
+    with Interception(tape):
+        return tape, model(root)
 
 
 def one_pass(
@@ -186,26 +196,19 @@ def one_pass(
     Raises:
         IncompatibleModel: a parameter was used in a way that cannot be told apart by sample.
     """
-    root = images.detach()
-    if root.is_floating_point():
-        root.requires_grad_(True)
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    precision = Precision.current(images.device)
-    tape = Tape(named, layout, chooser, root, precision)
-    with Interception(tape):
-        logits = model(root)
+    tape, logits = record(model, images, layout, chooser)
     losses = loss(logits, targets)
     # Norms and sums are taken in the parameters' precision, not in autocast's.
     with torch.autocast(images.device.type, enabled=False):
         try:
-            torch.autograd.backward(losses, weights.to(losses.dtype) * precision.scale)
+            torch.autograd.backward(losses, weights.to(losses.dtype) * tape.precision.scale)
         except CheckpointError as error:
             # What autograd runs again in the backward pass is out of reach of the rules.
             raise IncompatibleModel(
                 "the network keeps no activations and runs layers again in its backward pass",
                 "switch activation checkpointing off and lower trainer.physical_batch_size",
             ) from error
-    for name, parameter in named:
+    for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             parameter.grad = None
             raise IncompatibleModel(

@@ -61,11 +61,9 @@ class Chooser:
 
     def _forced(self, gradient: WeightGradient, may_defer: bool) -> Way | None:
         force = self._force
-        if force is None:
+        if force is None or not _offered(force, gradient):
             return None
-        if force.sums is None or not may_defer:
-            return force if force.norms in gradient.forms() and force.sums is None else None
-        return force if _offered(force, gradient) else None
+        return force if may_defer or force.sums is None else None
 
 
 def _offered(way: Way, gradient: WeightGradient) -> bool:
@@ -85,21 +83,23 @@ def _measure(gradient: WeightGradient, may_defer: bool) -> Way:
         defer = [*grams, *(forms if kept > gradient.held or not keep else ())]
     if len(keep) == 1 and not defer:
         return Way(keep[0], None)
-    seconds, best = math.inf, Way((keep or defer)[0], None)
+    tried: list[tuple[float, Way]] = []
+
+    def best() -> float:
+        return min((seconds for seconds, _ in tried), default=math.inf)
+
     for norms in keep:
-        found = _seconds(partial(_norm_and_sum, gradient, norms), seconds)
-        if found < seconds:
-            seconds, best = found, Way(norms, None)
+        seconds = _seconds(partial(_norm_and_sum, gradient, norms), best())
+        tried.append((seconds, Way(norms, None)))
     if defer:
         ones = _ones(gradient)
         last, sums = min(
-            (_seconds(partial(run, ones)), name) for name, run in gradient.sums().items()
+            (_seconds(partial(run, ones)), way) for way, run in gradient.sums().items()
         )
         for norms in defer:
-            found = last + _seconds(partial(gradient.squared_norms, norms), seconds - last)
-            if found < seconds or (not keep and best.sums is None):
-                seconds, best = found, Way(norms, sums)
-    return best
+            seconds = _seconds(partial(gradient.squared_norms, norms), best() - last)
+            tried.append((last + seconds, Way(norms, sums)))
+    return min(tried, key=lambda pair: pair[0])[1]
 
 
 def _norm_and_sum(gradient: WeightGradient, way: str) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -96,16 +95,9 @@ class Interception(TorchFunctionMode):
     def _without_rule(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        with torch.no_grad():
-            probe = func(*args, **kwargs) if _is_query(func) else None
-        if probe is not None and not any(True for _ in _tensors((probe,), {})):
-            return probe
+        if getattr(func, "__name__", "").startswith("is_"):
+            return func(*args, **kwargs)  # asks about tensors, makes none
         return vectorised(self._tape, func, args, kwargs)
-
-
-def _is_query(func: Callable[..., Any]) -> bool:
-    """Whether a function asks about tensors (``is_same_size``) without making one."""
-    return getattr(func, "__name__", "").startswith("is_")
 
 
 def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

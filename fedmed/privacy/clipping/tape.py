@@ -96,7 +96,7 @@ class Tape:
         root: Tensor,
         precision: Precision,
     ) -> None:
-        self._precision = precision
+        self.precision = precision
         self.layout = layout
         self._chooser = chooser
         self._root = root
@@ -210,7 +210,7 @@ class Tape:
             return self._clipped_sum(max_norm)
 
     def _clipped_sum(self, max_norm: float) -> list[Tensor]:
-        scale = self._precision.scale
+        scale = self.precision.scale
         columns, large = self._columns()
         squared = sum(
             (deferred.squared_norms for deferred in self._deferred.values()),
@@ -221,7 +221,7 @@ class Tape:
         for by_unit in large.values():
             squared = squared + squared_norms(by_unit)
         norm = squared.sqrt() / scale
-        factors = clip_factors(norm, max_norm, self._precision)
+        factors = clip_factors(norm, max_norm, self.precision)
         if not bool(torch.isfinite(norm).all()):
             self._forget(~torch.isfinite(norm), columns, large)
         sums: dict[Slot, Tensor] = {}
