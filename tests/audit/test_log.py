@@ -152,7 +152,7 @@ def test_a_torn_first_line_starts_over(tmp_path):
 
 
 def test_a_broken_chain_is_not_extended(log):
-    log.path.write_bytes(log.path.read_bytes().replace(b"1003", b"1004"))
+    log.path.write_bytes(log.path.read_bytes().replace(b'"bytes":1003', b'"bytes":1004'))
     with pytest.raises(AuditError, match="line 5: changed"):
         AuditLog(log.path)
 
