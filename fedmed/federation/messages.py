@@ -263,11 +263,13 @@ def read_answer(message: Message, table: tuple[TensorEntry, ...]) -> ClientUpdat
     return ClientUpdate(arrays=to_packed(_arrays(message), table), **vars(facts))
 
 
-def for_strategy(reply: Message, update: ClientUpdate, weight: float) -> Message:
+def for_strategy(
+    reply: Message, parameters: Mapping[str, NDArray[np.generic]], weight: float
+) -> Message:
     """The reply as a strategy may see it: checked parameters and *our* weight, nothing else."""
     content = RecordDict(
         {
-            ARRAYS: to_array_record(update.arrays, ("parameters",)),
+            ARRAYS: to_array_record(PackedArrays((), parameters)),
             METRICS: MetricRecord({WEIGHT: weight}),
         }
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -103,22 +103,20 @@ class InProcessGrid(Grid):
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Deliver one after the other until the time is up.
+    ) -> Iterator[Message]:
+        """Deliver one after the other, as answers are asked for, until the time is up.
 
         A node that has started is not interrupted; an answer after the deadline is dropped
         and nodes not reached by then are not asked, as on a network.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        replies = []
         for identifier in self.push_messages(messages):
             if deadline is not None and time.monotonic() > deadline:
                 self._pending.pop(identifier)
                 continue
             answers = list(self.pull_messages([identifier]))
             if deadline is None or time.monotonic() <= deadline:
-                replies += answers
-        return replies
+                yield from answers
 
     def _deliver(self, message: Message) -> Message:
         handler = self._handlers.get(message.metadata.dst_node_id)

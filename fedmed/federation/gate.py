@@ -1,0 +1,154 @@
+"""What a hospital lets in and out: tasks that fit the approved plan, updates as planned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed.errors import CheckpointError, PolicyRefused
+from fedmed.federation.files import write_atomic
+from fedmed.federation.study import StudyPlan, difference
+from fedmed.federation.validation import squared_norm
+from fedmed.types import ClientUpdate, TrainTask
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Which runs a site has taken part in, and their last rounds; kept on its disk."""
+
+    path: Path
+
+    def last_rounds(self) -> dict[str, int]:
+        """Last round asked for, by run.
+
+        Raises:
+            CheckpointError: the file is damaged: nothing may be trained twice by mistake.
+        """
+        try:
+            lines = self.path.read_text().splitlines()
+            return {run: int(round_) for run, round_ in (line.split() for line in lines)}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read", "restore it from a backup; see docs/hospital.md"
+            ) from error
+
+    def note(self, run: str, round_: int) -> None:
+        """Remember that a round was begun; durable before this returns."""
+        rounds = {**self.last_rounds(), run: round_}
+        text = "".join(f"{r} {n}\n" for r, n in sorted(rounds.items()))
+        write_atomic(self.path, text.encode(), mode=0o600)
+
+
+class Gate:
+    """Checks every task against the approved plan, and every update before it may leave.
+
+    Args:
+        plan: the plan that the hospital approved.
+        progress: what was asked before.
+        paused: reason why nothing may be done now (pause switch, daily window), or None.
+        metrics: figures that the hospital releases.
+    """
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        progress: Progress,
+        paused: Callable[[], str | None] = lambda: None,
+        metrics: tuple[str, ...] = (),
+    ) -> None:
+        self._plan = plan
+        self._progress = progress
+        self._paused = paused
+        self._metrics = metrics
+
+    def enter(self, task: TrainTask) -> None:
+        """Let a task in.
+
+        Raises:
+            PolicyRefused: with a reason code.
+        """
+        reason = self._paused()
+        if reason is not None:
+            raise PolicyRefused("paused", reason, "the hospital's staff decide when it goes on")
+        found = difference(self._plan, task)
+        if found is not None:
+            code, what = found
+            raise PolicyRefused(code, what, "ask for what the approved plan says")
+        withheld = sorted(set(self._plan.metrics) - set(self._metrics))
+        if withheld:
+            raise PolicyRefused(
+                "metrics-withheld",
+                f"the hospital releases no {', '.join(withheld)}",
+                "take it out of the plan, or have the hospital's policy name it",
+            )
+        rounds = self._progress.last_rounds()
+        if task.run_id not in rounds and len(rounds) >= self._plan.runs:
+            raise PolicyRefused(
+                "too-many-runs",
+                f"the plan allows {self._plan.runs} runs and they were begun",
+                "have a plan with more runs approved",
+            )
+        last = rounds.get(task.run_id, 0)
+        if task.round < last:
+            raise PolicyRefused(
+                "stale-round",
+                f"round {task.round} is asked for after round {last}",
+                "a round that is over is not trained again",
+            )
+        if task.round > last:
+            self._progress.note(task.run_id, task.round)
+
+    def leave(self, task: TrainTask, update: ClientUpdate) -> None:
+        """Let an update out: the plan's names, shapes and dtypes, finite, within its norm.
+
+        Raises:
+            PolicyRefused: something else would leave.
+        """
+        arrays = update.arrays
+        planned = {e.buffer for e in self._plan.tensors}
+        if arrays.table != self._plan.tensors or set(arrays.buffers) != planned:
+            raise PolicyRefused("egress-tensors", "the update holds other tensors than the plan")
+        if any(str(b.dtype) != key.rpartition(".")[2] for key, b in arrays.buffers.items()):
+            raise PolicyRefused("egress-dtype", "the update holds other types than the plan")
+        if arrays.nbytes != self._plan.update_bytes:
+            raise PolicyRefused("egress-bytes", "the update has another size than the plan")
+        if not all(math.isfinite(squared_norm(b)) for b in arrays.buffers.values()):
+            raise PolicyRefused("egress-non-finite", "the update is not finite")
+        norm = distance(update, task)
+        if norm > self._plan.max_update_norm:
+            raise PolicyRefused(
+                "egress-norm",
+                f"the update moves the weights by {norm:.4g}, the plan allows "
+                f"{self._plan.max_update_norm:g}",
+                "lower optimizer.lr, or have another bound approved",
+            )
+        if (update.released is None) != (self._plan.dp is None):
+            raise PolicyRefused(
+                "egress-mechanism", "the update was not made by the plan's mechanism"
+            )
+
+
+def distance(update: ClientUpdate, task: TrainTask) -> float:
+    """L2 norm of the parameters' change."""
+    squares = 0.0
+    for key, values in update.arrays.buffers.items():
+        before = task.arrays.buffers.get(key)
+        if key.startswith("parameters.") and before is not None:
+            squares += _squared_distance(values, before)
+    return math.sqrt(squares)
+
+
+def _squared_distance(a: NDArray[np.generic], b: NDArray[np.generic], step: int = 1 << 20) -> float:
+    """In pieces: a copy of the difference would double a large model's memory."""
+    total = 0.0
+    for first in range(0, len(a), step):
+        part = np.subtract(a[first : first + step], b[first : first + step], dtype=np.float64)
+        total += float(np.dot(part, part))
+    return total
