@@ -76,6 +76,12 @@ class AuditLog:
         """Hash of the last line."""
         return self._head
 
+    @property
+    def position(self) -> tuple[int, str]:
+        """Number (``seq``) and hash of the last line."""
+        with self._thread_lock:
+            return self._seq - 1, self._head
+
     def append(self, event: str, **facts: Scalar) -> str:
         """Write one line, on disk before this returns.
 

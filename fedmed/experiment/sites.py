@@ -18,7 +18,8 @@ from fedmed.errors import CheckpointError, ConfigError
 from fedmed.experiment.plan import one_of, partition_spec, prep_spec, site_policy, task_spec
 from fedmed.federation.accounts import Account, Accounts
 from fedmed.federation.client_app import make_client_app
-from fedmed.federation.simulation.grid import Handler, context_of
+from fedmed.federation.flower import context_of
+from fedmed.federation.simulation.grid import Handler
 from fedmed.federation.site_agent import Listener, SiteAgent
 from fedmed.privacy.ledger import Ledger
 from fedmed.training.trainer import Trainer

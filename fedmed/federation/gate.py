@@ -7,13 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedmed.errors import CheckpointError, PolicyRefused
 from fedmed.federation.files import write_atomic
 from fedmed.federation.study import StudyPlan, difference
-from fedmed.federation.validation import squared_norm
+from fedmed.federation.validation import distance, squared_norm
 from fedmed.types import ClientUpdate, TrainTask
 
 
@@ -121,7 +118,7 @@ class Gate:
             raise PolicyRefused("egress-bytes", "the update has another size than the plan")
         if not all(math.isfinite(squared_norm(b)) for b in arrays.buffers.values()):
             raise PolicyRefused("egress-non-finite", "the update is not finite")
-        norm = distance(update, task)
+        norm = distance(update.arrays, task.arrays)
         if norm > self._plan.max_update_norm:
             raise PolicyRefused(
                 "egress-norm",
@@ -133,22 +130,3 @@ class Gate:
             raise PolicyRefused(
                 "egress-mechanism", "the update was not made by the plan's mechanism"
             )
-
-
-def distance(update: ClientUpdate, task: TrainTask) -> float:
-    """L2 norm of the parameters' change."""
-    squares = 0.0
-    for key, values in update.arrays.buffers.items():
-        before = task.arrays.buffers.get(key)
-        if key.startswith("parameters.") and before is not None:
-            squares += _squared_distance(values, before)
-    return math.sqrt(squares)
-
-
-def _squared_distance(a: NDArray[np.generic], b: NDArray[np.generic], step: int = 1 << 20) -> float:
-    """In pieces: a copy of the difference would double a large model's memory."""
-    total = 0.0
-    for first in range(0, len(a), step):
-        part = np.subtract(a[first : first + step], b[first : first + step], dtype=np.float64)
-        total += float(np.dot(part, part))
-    return total

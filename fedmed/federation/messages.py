@@ -239,6 +239,12 @@ def refuse(message: Message, refusal: Refusal) -> Message:
     return Message(content, reply_to=message)
 
 
+def refusal_of(reply: Message) -> Refusal | None:
+    """The refusal that a reply holds, or None."""
+    config = reply.content.config_records.get(CONFIG, ConfigRecord())
+    return decode(Refusal, _text(config, REFUSAL)) if REFUSAL in config else None
+
+
 @dataclass(frozen=True)
 class _UpdateFacts:
     """What travels beside an update's arrays."""

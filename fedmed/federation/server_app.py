@@ -8,6 +8,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedmed.federation.coordinator import Coordinator
+from fedmed.federation.flower import RUN_ID, context_of
 from fedmed.federation.state import ServerState
 
 
@@ -30,3 +31,13 @@ def make_server_app(
         done(coordinator_of(grid).run(start))
 
     return app
+
+
+def run_server_app(
+    coordinator_of: Callable[[Grid], Coordinator], grid: Grid, start: ServerState
+) -> ServerState:
+    """Drive a coordinator over a grid, through Flower's server app, to its final state."""
+    final: list[ServerState] = []
+    app = make_server_app(coordinator_of, start, final.append)
+    app(grid, context_of(RUN_ID, 0, "coordinator"))
+    return final[0]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,7 +35,7 @@ FORMAT = 1
 """Version of the document; another one is refused."""
 MOST_BYTES = 1 << 26
 """Bytes of the largest plan document."""
-_NAME = re.compile(r"[0-9a-z][0-9a-z_-]{0,62}")
+_NAME = re.compile(r"[0-9a-z][0-9a-z_-]{0,39}")
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,10 @@ class StudyPlan:
         """The plan as people read it; the same bytes for the same plan."""
         return json.dumps(plain(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
+    def new_run(self) -> str:
+        """A name for a run; it begins with the study's, so that budgets can be read by study."""
+        return f"{self.study}-{secrets.token_hex(6)}"
+
     def train_task(self, run_id: str, round_: int, arrays: PackedArrays) -> TrainTask:
         """The one task that the plan allows for a round of a run."""
         return TrainTask(
@@ -165,7 +170,7 @@ def check_name(what: str, name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"{what} name {name!r} is not usable",
-            "use lower case letters, digits, - and _, at most 63",
+            "use lower case letters, digits, - and _, at most 40",
         )
     return name
 
@@ -220,6 +225,8 @@ def difference(plan: StudyPlan, task: TrainTask) -> tuple[str, str] | None:
     if task.arrays.table != plan.tensors:
         return "tensors-differ", "the task's tensors are not the plan's"
     expected = plan.train_task(task.run_id, min(task.round, plan.rounds), task.arrays)
+    if not task.run_id.startswith(f"{plan.study}-"):
+        return "run-differs", "the run is not named after the study"
     if task.dp is None and plan.dp is not None:
         return "dp-required", "the plan has differential privacy, the task has none"
     for f in fields(task):

@@ -51,16 +51,32 @@ def check_update(
         )
     if update.epsilon is not None and update.epsilon < 0:
         raise UpdateRejected(f"site {site!r} claims epsilon={update.epsilon}")
-    moved = 0.0
     for key, values in update.arrays.buffers.items():
         if not squared_norm(values) <= LARGEST_NORM**2:  # also NaN and infinity
             raise UpdateRejected(
                 f"buffer {key!r} of site {site!r} is not finite, or larger than any weights"
             )
-        if max_norm is not None and key.startswith("parameters."):
-            moved += squared_norm(values - current.buffers[key])  # type: ignore[operator]
-    if max_norm is not None and math.sqrt(moved) > max_norm:
+    if max_norm is not None and (moved := distance(update.arrays, current)) > max_norm:
         raise UpdateRejected(
-            f"update of site {site!r} moves the weights by {math.sqrt(moved):.4g}, more than "
+            f"update of site {site!r} moves the weights by {moved:.4g}, more than "
             f"federation.max_update_norm={max_norm:g}"
         )
+
+
+def distance(new: PackedArrays, old: PackedArrays) -> float:
+    """L2 norm of the parameters' change."""
+    squares = 0.0
+    for key, values in new.buffers.items():
+        before = old.buffers.get(key)
+        if key.startswith("parameters.") and before is not None:
+            squares += _squared_distance(values, before)
+    return math.sqrt(squares)
+
+
+def _squared_distance(a: NDArray[np.generic], b: NDArray[np.generic], step: int = 1 << 20) -> float:
+    """In pieces: a copy of the difference would double a large model's memory."""
+    total = 0.0
+    for first in range(0, len(a), step):
+        part = np.subtract(a[first : first + step], b[first : first + step], dtype=np.float64)
+        total += float(np.dot(part, part))
+    return total

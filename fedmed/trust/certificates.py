@@ -7,6 +7,7 @@ stolen, can make a new site.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -75,6 +76,16 @@ def load(pem: bytes) -> x509.Certificate:
 def pem(certificate: x509.Certificate) -> bytes:
     """PEM form."""
     return certificate.public_bytes(Encoding.PEM)
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 of the certificate, hexadecimal."""
+    return fingerprint_of(certificate.public_bytes(Encoding.DER))
+
+
+def fingerprint_of(der: bytes) -> str:
+    """SHA-256 of a certificate's DER form, hexadecimal."""
+    return hashlib.sha256(der).hexdigest()
 
 
 def key_of(certificate: x509.Certificate) -> VerifyKey:

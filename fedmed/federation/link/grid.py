@@ -7,6 +7,7 @@ it, with the answer that has come meanwhile, so that no round is trained or coun
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -17,20 +18,18 @@ from typing import Final
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed.errors import FedmedError, RunStopped
+from fedmed.federation.flower import RUN_ID, identify
 from fedmed.federation.link.payload import Payload, read_payload, write_payload
-from fedmed.federation.link.store import RunState, SiteState, Store, TaskRow
+from fedmed.federation.link.store import PAUSED, RunState, SiteState, Store, TaskRow
 from fedmed.federation.messages import round_of
 from fedmed.trust.keys import SigningKey
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, seal
 
 CONNECTED: Final = 90.0
 """Seconds since it was last heard of for which a site counts as connected."""
-_RUN: Final = 1  # Flower's own run id; a grid carries one run
-_SERVER: Final = 1
-_POLL: Final = 0.05
+_POLL: Final = 0.5  # seconds; an operator's wish comes from another process
 _LATE: Final = (
     600  # seconds past the deadline for which a task may still be answered: clocks differ
 )
@@ -60,6 +59,7 @@ class LinkGrid(Grid):
         issuer: signs tasks.
         spool: folder for payloads.
         patience: seconds a task may take, as sites are told.
+        stop: set when the process is to end.
         on_issue: told of each task that is issued for the first time.
     """
 
@@ -71,6 +71,7 @@ class LinkGrid(Grid):
         issuer: Issuer,
         spool: Path,
         patience: float,
+        stop: threading.Event,
         on_issue: Callable[[TaskStatement], None] = lambda _: None,
     ) -> None:
         self._run_name = run
@@ -79,10 +80,11 @@ class LinkGrid(Grid):
         self._issuer = issuer
         self._spool = spool
         self._patience = patience
+        self._stop = stop
         self._on_issue = on_issue
         self._asked: dict[str, Message] = {}
         self._written: tuple[RecordDict, Payload] | None = None
-        self._run = Run.create_empty(_RUN)
+        self._run = Run.create_empty(RUN_ID)
         identify()
 
     def set_run(self, run: Run) -> None:
@@ -104,6 +106,8 @@ class LinkGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         """Nodes whose sites were heard of a short while ago, in order.
 
+        Those that have a task of the open round count too: a restart must not lose them.
+
         Raises:
             RunStopped: an operator stopped the run.
         """
@@ -112,8 +116,11 @@ class LinkGrid(Grid):
         connected = {
             s.name
             for s in self._store.sites()
-            if s.state == SiteState.ENROLLED and s.last_seen > since
+            if s.state == SiteState.ENROLLED and s.last_seen > since and s.phase != PAUSED
         }
+        row = self._store.run(self._run_name)
+        open_round = row.round + 1 if row else 0
+        connected |= {t.site for t in self._store.tasks(self._run_name) if t.round == open_round}
         return sorted(node for node, site in self._nodes.items() if site in connected)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -143,15 +150,18 @@ class LinkGrid(Grid):
         deadline = None if timeout is None else time.monotonic() + timeout
         for identifier in self.push_messages(messages):
             while True:
+                before = self._store.changes
                 answers = list(self.pull_messages([identifier]))
                 if answers or (deadline is not None and time.monotonic() > deadline):
                     yield from answers
                     break
                 self._check_stopped()
-                time.sleep(_POLL)
+                self._store.wait(before, _POLL)
             self._asked.pop(identifier)
 
     def _check_stopped(self) -> None:
+        if self._stop.is_set():
+            raise RunStopped("the coordinator is shutting down", "the run goes on when it starts")
         row = self._store.run(self._run_name)
         if row is None or row.state != RunState.RUNNING:
             raise RunStopped(f"run {self._run_name} was stopped", "start a new run to go on")
@@ -184,6 +194,7 @@ class LinkGrid(Grid):
         row = self._store.issue(new)
         if row.id == identifier:
             self._on_issue(statement)
+        message.metadata.__dict__["_message_id"] = row.id
         self._asked[row.id] = message
         return row.id
 
@@ -208,13 +219,6 @@ class LinkGrid(Grid):
         reply = Message(content, reply_to=message)
         reply.metadata.__dict__["_message_id"] = row.id
         return reply
-
-
-def identify() -> None:
-    """Tell Flower who we are: messages cannot be made without it."""
-    TaskIdentity.run_id = _RUN
-    TaskIdentity.node_id = _SERVER
-    TaskIdentity.task_id = 1
 
 
 def _same(a: RecordDict, b: RecordDict) -> bool:

@@ -22,20 +22,13 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmed.codec import build
-from fedmed.errors import CheckpointError, ConfigError, UpdateRejected
+from fedmed.errors import ConfigError, UpdateRejected
+from fedmed.federation.files import DTYPES, save_arrays
 from fedmed.federation.messages import ARRAYS, CONFIG, METRICS, ViewArray, values_of
-from fedmed.files import atomic_writer
 
 MOST_HEADER: Final = 1 << 24
 """Bytes of the largest header: a table of a hundred thousand tensors."""
-PIECE: Final = 1 << 20
-"""Bytes moved at once."""
-
-_DTYPES: Final = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32",
-    "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-_NUMPY: Final = {short: np.dtype(name) for name, short in _DTYPES.items()}
+_NUMPY: Final = {short: np.dtype(name) for name, short in DTYPES.items()}
 Plain = str | int | float | bool
 
 
@@ -66,45 +59,9 @@ def write_payload(path: Path, content: RecordDict) -> Payload:
             arrays = {key: values_of(record[key]) for key in sorted(record)}
         else:
             records[name] = dict(record)
-    return write_arrays(path, arrays, {"records": json.dumps(records, allow_nan=False)})
-
-
-def write_arrays(
-    path: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, str]
-) -> Payload:
-    """Write flat arrays and texts as safetensors.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(facts)}
-    offset = 0
-    for key, values in arrays.items():
-        header[key] = {
-            "dtype": _DTYPES[str(values.dtype)],
-            "shape": list(values.shape),
-            "data_offsets": [offset, offset + values.nbytes],
-        }
-        offset += values.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # arrays start at multiples of eight
-    head = struct.pack("<Q", len(text)) + text
-    digest = hashlib.sha256(head)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(path, 0o600) as file:
-            file.write(head)
-            for values in arrays.values():
-                raw = np.ascontiguousarray(values).data.cast("B")
-                for first in range(0, len(raw), PIECE):
-                    piece = raw[first : first + PIECE]
-                    digest.update(piece)
-                    file.write(piece)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror}", "free space or choose another folder"
-        ) from error
-    return Payload(path, digest.hexdigest(), len(head) + offset)
+    facts = {"records": json.dumps(records, allow_nan=False)}
+    written = save_arrays(path, arrays, facts, mode=0o600)
+    return Payload(path, written.sha256, written.size)
 
 
 def read_payload(path: Path) -> RecordDict:
@@ -132,6 +89,15 @@ def read_payload(path: Path) -> RecordDict:
         except (TypeError, ValueError) as error:
             raise UpdateRejected(f"the payload's {name} record is malformed") from error
     return content
+
+
+def check_payload(path: Path, sha256: str) -> bool:
+    """Whether a file is there and has this hash."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    except OSError:
+        return False
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

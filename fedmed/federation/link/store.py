@@ -8,6 +8,7 @@ to run.
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,9 @@ CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, event TEXT NOT NULL, facts TEXT NOT NULL
 ) STRICT;
 """
+
+PAUSED: Final = "paused"
+"""What a site says of itself while its staff let it do nothing."""
 
 
 class SiteState(StrEnum):
@@ -123,6 +127,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._changed = threading.Condition()
+        self._changes = 0
         with self._use() as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.executescript(_SCHEMA)
@@ -206,14 +212,18 @@ class Store:
             ).fetchall()
         return tuple(str(row["pem"]) for row in rows)
 
-    def seen(self, site: str, phase: str | None, epsilon: float | None = None) -> None:
+    def seen(self, site: str, phase: str) -> None:
         """Note that a site was heard of."""
         with self._use() as db:
             db.execute(
-                "UPDATE sites SET last_seen = ?, phase = coalesce(?, phase), "
-                "epsilon = coalesce(?, epsilon) WHERE name = ?",
-                (time.time(), phase, epsilon, site),
+                "UPDATE sites SET last_seen = ?, phase = ? WHERE name = ?",
+                (time.time(), phase, site),
             )
+
+    def spent(self, site: str, epsilon: float | None) -> None:
+        """Note what a site says it has spent, over the whole life of its cohort."""
+        with self._use() as db:
+            db.execute("UPDATE sites SET epsilon = ? WHERE name = ?", (epsilon, site))
 
     def count(self, site: str, **amounts: int) -> None:
         """Add to a site's counters (``received``, ``sent``, ``updates``, ``refusals``, …)."""
@@ -246,6 +256,44 @@ class Store:
             db.execute(
                 "INSERT INTO runs (run, state, asked) VALUES (?, 'asked', ?)", (run, time.time())
             )
+
+    def resume_run(self, run: str) -> None:
+        """Ask for a run that failed or was stopped to go on.
+
+        Raises:
+            ConfigError: there is no such run, or it is not over.
+        """
+        with self._use() as db:
+            found = db.execute(
+                "UPDATE runs SET state = 'asked', ended = NULL WHERE run = ? "
+                "AND state IN ('failed', 'stopped')",
+                (run,),
+            )
+            if found.rowcount == 0:
+                raise ConfigError(
+                    f"there is no run {run!r} that failed or was stopped",
+                    "see fedmed coordinator status",
+                )
+
+    def stop_run(self, run: str | None) -> str:
+        """Ask for a run to stop; the one that goes on if none is named.
+
+        Returns:
+            The run.
+
+        Raises:
+            ConfigError: no run goes on.
+        """
+        with self._use() as db:
+            row = db.execute(
+                "SELECT run FROM runs WHERE state IN ('asked', 'running') "
+                "AND (? IS NULL OR run = ?)",
+                (run, run),
+            ).fetchone()
+            if row is None:
+                raise ConfigError("no such run goes on", "see fedmed coordinator status")
+            db.execute("UPDATE runs SET state = 'stopping' WHERE run = ?", (row["run"],))
+        return str(row["run"])
 
     def set_run(
         self,
@@ -297,12 +345,40 @@ class Store:
                 "VALUES (?, ?, ?, ?, ?, ?)",
                 (task.id, task.run, task.round, task.site, task.statement, task.payload),
             )
+        self._notify()
         return task
+
+    @property
+    def changes(self) -> int:
+        """Counts tasks that this process issued and answers that it kept."""
+        return self._changes
+
+    def wait(self, seen: int, seconds: float) -> None:
+        """Until :attr:`changes` is beyond ``seen``, at most ``seconds``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._changes > seen, seconds)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
 
     def task(self, identifier: str) -> TaskRow | None:
         """One task."""
         found = self._rows(TaskRow, "SELECT * FROM tasks WHERE id = ?", identifier)
         return found[0] if found else None
+
+    def tasks(self, run: str) -> tuple[TaskRow, ...]:
+        """All tasks of a run that are kept."""
+        return self._rows(TaskRow, "SELECT * FROM tasks WHERE run = ? ORDER BY round, site", run)
+
+    def reopen(self, identifier: str) -> None:
+        """Ask for a task's answer again."""
+        with self._use() as db:
+            db.execute(
+                "UPDATE tasks SET answer = NULL, answered = NULL WHERE id = ?", (identifier,)
+            )
+        self._notify()
 
     def open_task(self, site: str) -> TaskRow | None:
         """The newest task that waits for a site's answer, of a run that goes on."""
@@ -330,6 +406,7 @@ class Store:
                 "UPDATE tasks SET answer = ?, answered = ? WHERE id = ? AND answer IS NULL",
                 (statement, time.time(), identifier),
             )
+        self._notify()
         return done.rowcount == 1
 
     def forget_tasks(self, run: str, before: int) -> None:
