@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,10 @@ from fedmed.types import Scalar
 _ROOT = "0" * 64  # what the first line names as its predecessor
 _RESERVED = frozenset({"seq", "time", "event", "prev", "hash"})
 _ASIDE = "restore the log from a backup, or move it aside and start a new one"
+
+
+class LogHeld(AuditError):
+    """Another process writes the log now."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,9 @@ class AuditLog:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise AuditError(
+            raise LogHeld(
                 f"audit log {self.path} is held by another process",
-                "stop the other client of this site first",
+                "stop the other process that writes it first",
             ) from error
         whole, torn = _split_torn(self._file)
         verified = _verify_lines(self.path, whole.splitlines(keepends=True))
@@ -192,6 +197,22 @@ class AuditLog:
             self._file.truncate(self._size)
         except OSError:
             return  # the next opening sets the torn line aside
+
+
+def open_soon(path: Path | str, seconds: float = 15.0) -> AuditLog:
+    """Open a log as :class:`AuditLog` does, waiting for a command that holds it for a moment.
+
+    Raises:
+        AuditError: see :class:`AuditLog`.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return AuditLog(path)
+        except LogHeld:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
 
 
 class DeferredAuditLog:

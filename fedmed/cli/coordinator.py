@@ -50,6 +50,10 @@ def _add_init(actions: _Actions) -> None:
     )
     parser.add_argument("--purpose", default="", help="in plain words, for those who approve it")
     parser.add_argument("--runs", type=int, default=1, help="most runs under this plan (1)")
+    parser.add_argument(
+        "--weight", action="append", default=[], metavar="SITE=W",
+        help="a site's weight in the mean, a public constant (1)",
+    )  # fmt: skip
     parser.add_argument("--listen", default="::", help="address to listen on (:: is all)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in fedmed run")
     parser = _add(actions, "plan", _plan, "show the plan that hospitals approve")
@@ -92,12 +96,23 @@ def _init(args: argparse.Namespace) -> int:
     host, port = _host_and_port(args.address)
     if args.study == Path():
         raise ConfigError("--study is missing", "name a new folder for the study")
-    plan, arrays = make_plan(load(args.overrides), args.name, args.purpose, args.runs)
+    weights = dict(map(_weight, args.weight))
+    plan, arrays = make_plan(load(args.overrides), args.name, args.purpose, args.runs, weights)
     folder = create_study(args.study, plan, arrays, host, port, args.listen)
     print(f"study {plan.study} is in {folder.path}")
     print(f"plan  {plan.sha256()}")
     print(f"next: fedmed coordinator enroll SITE --study {folder.path}")
     return 0
+
+
+def _weight(text: str) -> tuple[str, float]:
+    from fedmed.errors import ConfigError
+
+    site, _, number = text.partition("=")
+    try:
+        return site, float(number)
+    except ValueError as error:
+        raise ConfigError(f"--weight {text!r} is no weight", "write it as SITE=120") from error
 
 
 def _host_and_port(text: str) -> tuple[str, int]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from cryptography import x509
 
-from fedmed.audit.log import AuditLog
+from fedmed.audit.log import AuditLog, LogHeld
 from fedmed.config.toml import read_toml
-from fedmed.errors import AuditError, ConfigError
+from fedmed.errors import ConfigError
 from fedmed.federation.files import write_atomic
 from fedmed.federation.link.store import Store
 from fedmed.federation.state import read_weights, write_weights
@@ -139,13 +140,7 @@ class StudyFolder:
     def note(self, event: str, **facts: Scalar) -> None:
         """Write to the audit log, or leave it to the service that holds the log."""
         self.store.note_event(event, json.dumps(facts))
-        try:
-            log = AuditLog(self.audit_path)
-        except AuditError as error:
-            if "held by another" in str(error):
-                return
-            raise
-        with log:
+        with suppress(LogHeld), AuditLog(self.audit_path) as log:
             self.flush_events(log)
 
     def flush_events(self, log: AuditLog) -> None:

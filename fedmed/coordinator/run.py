@@ -67,6 +67,7 @@ class StudyRun:
             min_sites=plan.min_sites,
             deadline=plan.round_deadline,
             max_update_norm=plan.max_update_norm,
+            ema_decay=plan.ema_decay,
         )
         grid = LinkGrid(
             self._run, self._store, nodes, self._issuer(), self._folder.spool(self._run),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from fedmed.audit.log import AuditLog
+from fedmed.audit.log import AuditLog, open_soon
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.coordinator.run import StudyRun
 from fedmed.errors import CheckpointError, FedmedError, LinkError, QuorumNotMet, RunStopped
@@ -52,7 +52,7 @@ class StudyService:
             AuditError: another process serves this study.
             LinkError: the port cannot be opened.
         """
-        with AuditLog(self._folder.audit_path) as log, self._listening(log) as port:
+        with open_soon(self._folder.audit_path) as log, self._listening(log) as port:
             log.append("service-started", port=port)
             if ready is not None:
                 ready.set()

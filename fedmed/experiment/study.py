@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from fedmed import __version__
 from fedmed.config.schema import Config
@@ -21,9 +23,16 @@ _REACH = 10.0  # default bound of one update's move, over the norm of the initia
 
 
 def make_plan(
-    config: Config, study: str, purpose: str, runs: int
+    config: Config,
+    study: str,
+    purpose: str = "",
+    runs: int = 1,
+    weights: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[StudyPlan, PackedArrays]:
     """What the configuration asks of hospitals, and the weights that all of them start from.
+
+    Args:
+        weights: public aggregation weights by site.
 
     Raises:
         UsageError: a value is out of range, or means something only in simulation.
@@ -73,6 +82,8 @@ def make_plan(
         strategy=config.strategy.name,
         strategy_params=dict(config.strategy.params),
         fraction_sites=federation.fraction_sites,
+        ema_decay=federation.ema_decay,
+        weights=weights,
     )  # fmt: skip
     return plan, arrays
 

@@ -62,6 +62,7 @@ class StudyPlan:
         weights: public aggregation weights by site; a site that is not named counts 1.
         min_sites: fewest valid updates of a round.
         fraction_sites: share of the sites that trains each round.
+        ema_decay: decay of the moving average of the weights that is released, 0 for none.
         round_deadline: seconds a round may take.
         max_update_norm: most that one update may move the weights (L2).
         tensors: what may leave: names, packed buffers (with dtype), shapes.
@@ -93,6 +94,7 @@ class StudyPlan:
     strategy_params: Mapping[str, Scalar] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     fraction_sites: float = 1.0
+    ema_decay: float = 0.0
     metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -106,6 +108,8 @@ class StudyPlan:
             raise ConfigError(f"expected rounds={self.rounds} and runs={self.runs} >= 1")
         if self.min_sites < 1 or not 0 < self.fraction_sites <= 1:
             raise ConfigError("expected min_sites >= 1 and fraction_sites in (0, 1]")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"expected ema_decay={self.ema_decay} in [0, 1)")
         for name in ("round_deadline", "max_update_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
-from fedmed.audit.log import AuditLog
+from fedmed.audit.log import AuditLog, open_soon
 from fedmed.errors import AuditError, FedmedError, LinkRefused, TrustError, Unreachable
 from fedmed.federation.link.client import SiteLink
 from fedmed.federation.link.exchange import Exchange
@@ -70,7 +70,7 @@ class SiteService:
             AuditError: another client of this site is running, or the log is damaged.
             DataError, ConfigError, LedgerError: data, rules or books are not usable.
         """
-        with AuditLog(self._folder.audit_path) as audit:
+        with open_soon(self._folder.audit_path) as audit:
             agent = open_agent(self._folder, audit)
             audit.append(
                 "client-started", study=self._folder.kit.study, plan=self._folder.plan.sha256(),
