@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -167,11 +167,13 @@ def _serve(
     threads: int,
     pipe: Connection,
 ) -> None:
-    """A worker's life: work until the other end of the pipe is gone."""
+    """A worker's life: work until it is killed or its owner is gone."""
+    follower = threading.Thread(target=_follow_owner, args=(folder,), daemon=True)
+    follower.start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that handed out
     torch.set_num_threads(threads)
     team: Team | None = None
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, ConnectionError):  # the owner is gone
         while True:
             work, arguments = pipe.recv()
             try:
@@ -182,6 +184,16 @@ def _serve(
             except Exception as error:
                 answer = _Fault(type(error).__name__, traceback.format_exc())
             pipe.send(answer)
+    follower.join()
+
+
+def _follow_owner(folder: str) -> None:
+    """End with the process that started this one, also in the middle of a round."""
+    owner = parent_process()
+    if owner is not None:
+        owner.join()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _join(
