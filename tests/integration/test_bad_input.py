@@ -373,6 +373,8 @@ CONFIG_FAULTS = (
           ("trainer.device=cuda:99",)),
     Fault("several CUDA devices", ("trainer.devices=2", "trainer.device=cuda:98"),
           ("trainer.device=cuda:98", "trainer.devices=2")),
+    Fault("several devices beside Ray", ("trainer.devices=2", "federation.backend=inprocess"),
+          ("federation.backend=ray", "trainer.devices=2")),
     Fault("no device", ("trainer.devices=0",), ("trainer.devices=0",)),
     Fault("nonsense device", ("trainer.device='nonsense'", "cuda:N"),
           ("trainer.device=nonsense",)),
