@@ -13,6 +13,7 @@
     │   └── BudgetExhausted          the cohort's privacy budget would be passed
     ├── LedgerError                  the ledger cannot be read or written: nothing was trained
     ├── AuditError                   the audit log's chain is broken
+    ├── TrainingFailed               a site's local training broke off: nothing was released
     ├── FederationError              a round or a run that cannot go on
     │   ├── QuorumNotMet             fewer sites answered than the plan demands
     │   ├── UpdateRejected           a site's answer failed validation
@@ -90,6 +91,10 @@ class LedgerError(FedmedError):
 
 class AuditError(FedmedError):
     """An audit log fails verification."""
+
+
+class TrainingFailed(FedmedError):
+    """A site's local training broke off; nothing was released, what it was charged stays."""
 
 
 class FederationError(FedmedError):

@@ -269,6 +269,7 @@ def _essence(config: Config) -> Config:
     essence.logger = LoggerConfig()
     essence.paths = PathsConfig()
     essence.trainer.device = "auto"
+    essence.trainer.devices = 1
     essence.data.prepare.workers = 1
     essence.data.prepare.cache = "memory"
     return essence
