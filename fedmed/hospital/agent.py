@@ -15,7 +15,7 @@ from fedmed.federation.site_agent import SiteAgent
 from fedmed.hospital.approval import missing_approvals
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.privacy.ledger import Ledger
-from fedmed.training.trainer import Trainer
+from fedmed.training.devices import trainers
 
 
 def open_agent(folder: HospitalFolder, audit: AuditLog) -> SiteAgent:
@@ -38,7 +38,7 @@ def open_agent(folder: HospitalFolder, audit: AuditLog) -> SiteAgent:
     )
     return SiteAgent(
         name=folder.kit.site,
-        trainer=Trainer(data, rules.operation.device),
+        trainer=trainers(rules.operation.device, rules.operation.devices)(data),
         policy=policy,
         accounts=Accounts([Account(Ledger(folder.ledger_path), rules.cohort)], policy),
         audit=audit,

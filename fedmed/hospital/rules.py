@@ -40,6 +40,7 @@ class Operation:
         megabytes_per_second: bandwidth of answers, or None.
         proxy: ``host:port``, or None.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        devices: of one round's training, from that one on.
         drain_seconds: how long a round may go on after a request to stop.
     """
 
@@ -47,6 +48,7 @@ class Operation:
     megabytes_per_second: float | None = None
     proxy: str | None = None
     device: str = "auto"
+    devices: int = 1
     drain_seconds: float = 600.0
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class Operation:
             host, _, port = self.proxy.rpartition(":")
             if not host or not (port.isdigit() and 0 < int(port) < 65536):
                 raise ConfigError(f"operation.proxy={self.proxy!r}", 'write it as "host:port"')
+        if self.devices < 1:
+            raise ConfigError(f"expected operation.devices={self.devices} >= 1")
         if self.drain_seconds < 0:
             raise ConfigError(f"expected operation.drain_seconds={self.drain_seconds} >= 0")
 
