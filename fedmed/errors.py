@@ -17,6 +17,7 @@
     ├── FederationError              a round or a run that cannot go on
     │   ├── QuorumNotMet             fewer sites answered than the plan demands
     │   ├── UpdateRejected           a site's answer failed validation
+    │   ├── StoreError               the coordinator's database cannot be used now
     │   └── RunStopped               an operator stopped the run
     ├── TrustError                   a key, certificate or signature that cannot be relied on
     ├── LinkError                    the network between coordinator and site
@@ -107,6 +108,10 @@ class QuorumNotMet(FederationError):
 
 class UpdateRejected(FederationError):
     """A site's update failed validation and was not aggregated."""
+
+
+class StoreError(FederationError):
+    """The coordinator's database cannot be read or written."""
 
 
 class RunStopped(FederationError):

@@ -50,10 +50,14 @@ class StudyRun:
         """
         plan = self._plan
         checkpoints = Checkpoints(self._path / "checkpoints", plan.sha256())
-        state = checkpoints.latest() or ServerState(0, self._folder.initial())
-        self._store.set_run(self._run, RunState.RUNNING, round_=state.round, error="")
-        self._log.append("run-begun", run=self._run, round=state.round)
-        self._check_answers(state.round + 1)
+
+        def begin() -> ServerState:
+            state = checkpoints.latest() or ServerState(0, self._folder.initial())
+            self._store.set_run(self._run, RunState.RUNNING, round_=state.round, error="")
+            self._log.append("run-begun", run=self._run, round=state.round)
+            self._check_answers(state.round + 1)
+            return state
+
         nodes = self._nodes()
         strategy = make_strategy(
             plan.strategy,
@@ -74,7 +78,7 @@ class StudyRun:
             plan.round_deadline, self._stop, self._issued,
         )  # fmt: skip
         final = run_server_app(
-            lambda g: Coordinator(g, strategy, run_plan, checkpoints, [self]), grid, state
+            lambda g: Coordinator(g, strategy, run_plan, checkpoints, [self]), grid, begin
         )
         self._finish(final)
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from fedmed.audit.log import AuditLog, open_soon
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.coordinator.run import StudyRun
-from fedmed.errors import CheckpointError, FedmedError, LinkError, QuorumNotMet, RunStopped
+from fedmed.errors import (
+    AuditError,
+    CheckpointError,
+    FedmedError,
+    LinkError,
+    QuorumNotMet,
+    RunStopped,
+    StoreError,
+)
 from fedmed.federation.link.desk import Desk
 from fedmed.federation.link.listener import Listener
 from fedmed.federation.link.store import RunState
@@ -22,6 +30,7 @@ RETRIES: Final = 8
 """Times that a run is tried again after a round without quorum or a full disk."""
 _FIRST_WAIT: Final = 5.0
 _LONGEST_WAIT: Final = 300.0
+_PASSING: Final = (QuorumNotMet, CheckpointError, AuditError, StoreError)
 _log = logging.getLogger(__name__)
 
 
@@ -58,13 +67,18 @@ class StudyService:
                 ready.set()
             try:
                 while not self._stop.wait(_TICK):
-                    self._folder.flush_events(log)
-                    self._look_for_work(log)
+                    try:
+                        self._folder.flush_events(log)
+                        self._look_for_work(log)
+                    except FedmedError as error:  # a full disk: sites wait, nothing is lost
+                        _log.error("%s", error)
+                        self._stop.wait(_FIRST_WAIT)
             finally:
                 self._stop.set()
                 if self._worker is not None:
                     self._worker.join()
-                log.append("service-stopped")
+                with suppress(AuditError):
+                    log.append("service-stopped")
 
     @contextmanager
     def _listening(self, log: AuditLog) -> Iterator[int]:
@@ -120,11 +134,11 @@ class StudyService:
             error = self._try(run, log)
             if error is None or self._stop.is_set():
                 return
-            passing = isinstance(error, QuorumNotMet | CheckpointError)
-            again = passing and left > 0
-            state = None if again else RunState.FAILED
-            self._store.set_run(run, state, error=str(error))
-            log.append("run-interrupted" if again else "run-failed", run=run, reason=str(error))
+            again = isinstance(error, _PASSING) and left > 0
+            with suppress(FedmedError):
+                self._store.set_run(run, None if again else RunState.FAILED, error=str(error))
+                event = "run-interrupted" if again else "run-failed"
+                log.append(event, run=run, reason=str(error))
             if not again or self._stop.wait(wait):
                 return
             wait = min(2 * wait, _LONGEST_WAIT)

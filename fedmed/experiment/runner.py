@@ -174,7 +174,7 @@ class Experiment:
                         grid, self._strategy(), start.plan, start.checkpoints, [watcher]
                     ),
                     grid,
-                    start.state,
+                    lambda: start.state,
                 )
             finally:
                 close = getattr(grid, "close", None)

@@ -222,6 +222,7 @@ class Coordinator:
             if position is None:
                 continue  # late, doubled or not asked for
             early[position] = reply
+            del reply  # or it would be in memory beside the next one
             while turn in early:
                 take(early.pop(turn), slots[turn])
                 turn += 1

@@ -14,27 +14,27 @@ from fedmed.federation.state import ServerState
 
 def make_server_app(
     coordinator_of: Callable[[Grid], Coordinator],
-    start: ServerState,
+    start: Callable[[], ServerState],
     done: Callable[[ServerState], None],
 ) -> ServerApp:
     """Server app that drives a coordinator from a state to the end of its plan.
 
     Args:
         coordinator_of: builds the coordinator once the grid is known.
-        start: a fresh state or a checkpoint.
+        start: gives a fresh state or a checkpoint; not kept, for it holds a whole model.
         done: takes the final state.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001 - Flower's signature
-        done(coordinator_of(grid).run(start))
+        done(coordinator_of(grid).run(start()))
 
     return app
 
 
 def run_server_app(
-    coordinator_of: Callable[[Grid], Coordinator], grid: Grid, start: ServerState
+    coordinator_of: Callable[[Grid], Coordinator], grid: Grid, start: Callable[[], ServerState]
 ) -> ServerState:
     """Drive a coordinator over a grid, through Flower's server app, to its final state."""
     final: list[ServerState] = []

@@ -33,7 +33,7 @@ class Desk:
     Args:
         spool: folder of payloads.
         most_bytes: largest arrays of an answer, from the plan.
-        on_answer: told of each answer after it is kept.
+        on_answer: told of each answer before it counts; if it fails the site tries again.
         on_rejected: told of each answer that is refused: site, HTTP status, reason.
         on_key: told of each key that a site replaced: site, the new key's fingerprint.
     """
@@ -113,11 +113,11 @@ class Desk:
         if open_ is None or open_.id != row.id:
             raise LinkRefused(410, f"round {row.round} is over", "ask for the next task")
         self._keep(statement, body, self._spool(row.run))
+        self._on_answer(statement)  # first: what cannot be written down is not acknowledged
         new = self._store.answer(row.id, sealed)
         if new:
             counts = {"refusals": 1} if statement.code else {"updates": 1}
             self._store.count(site, received=length, **counts)
-            self._on_answer(statement)
         return new
 
     def _signed(self, site: str, sealed: bytes) -> AnswerStatement:

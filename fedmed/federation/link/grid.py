@@ -153,7 +153,12 @@ class LinkGrid(Grid):
                 before = self._store.changes
                 answers = list(self.pull_messages([identifier]))
                 if answers or (deadline is not None and time.monotonic() > deadline):
-                    yield from answers
+                    for answer in answers:
+                        yield answer
+                        # Flower's records refer to themselves: their memory would wait for the
+                        # collector of cycles.
+                        for record in answer.content.array_records.values():
+                            record.clear()
                     break
                 self._check_stopped()
                 self._store.wait(before, _POLL)

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from fedmed.errors import ConfigError, FederationError
+from fedmed.errors import ConfigError, StoreError
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS sites (
@@ -122,7 +122,7 @@ class Store:
         path: the file; made if it does not exist.
 
     Raises:
-        FederationError: it cannot be opened or is no such database.
+        StoreError: it cannot be opened or is no such database.
     """
 
     def __init__(self, path: Path) -> None:
@@ -452,7 +452,7 @@ class Store:
             finally:
                 db.close()
         except sqlite3.Error as error:
-            raise FederationError(
+            raise StoreError(
                 f"the study's database {self._path} cannot be used ({error})",
                 "check that its folder is writable and has space; it is restored from a backup "
                 "if it is damaged",
