@@ -20,7 +20,9 @@ def data(site: Site) -> Remarks:
     report = site.data
     for problems, say in ((report.errors, fault), (report.warnings, warning)):
         for problem in problems[:_SHOWN]:
-            yield say(f"{problem.where}: {problem.message}", problem.remedy)
+            # how images are prepared is the plan's to say, not the hospital's
+            remedy = problem.remedy.partition(", or set data.prepare.")[0]
+            yield say(f"{problem.where}: {problem.message}", remedy)
         if len(problems) > _SHOWN:
             more = f"{len(problems) - _SHOWN} more of these"
             yield say(more, f"list them with fedmed data check {report.root}")
