@@ -273,6 +273,18 @@ def verify(path: Path | str, head: str | None = None) -> Verified:
     return verified
 
 
+def held(path: Path | str) -> bool:
+    """Whether a process has the log open for writing."""
+    try:
+        with Path(path).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def read(path: Path | str) -> Iterator[dict[str, Scalar]]:
     """The entries of a log, verified first.
 

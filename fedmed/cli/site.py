@@ -152,12 +152,14 @@ def _check(args: argparse.Namespace) -> int:
     from fedmed.hospital.check import check_site
 
     found = check_site(args.folder, online=not args.offline)
+    faults = sum(f.level == "fault" for f in found)
     if args.json:
         print(json.dumps([asdict(f) for f in found], indent=2))
     else:
         for finding in found:
             print(finding.line())
-    return 2 if any(f.level == "fault" for f in found) else 0
+        print(f"{faults} fault(s), mend the first one first" if faults else "no fault was found")
+    return 2 if faults else 0
 
 
 class _Lines:

@@ -6,16 +6,18 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fedmed.audit.log import AuditLog
 from fedmed.errors import FedmedError, PolicyRefused, TrustError, UpdateRejected
-from fedmed.federation.link.exchange import Exchange
 from fedmed.federation.link.payload import Payload, check_payload
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, seal, unseal
 from fedmed.types import Refusal
+
+if TYPE_CHECKING:  # Flower and PyTorch, which a check does not wait for
+    from fedmed.federation.link.exchange import Exchange
 
 SKEW: Final = 600
 """Seconds by which clocks may differ."""

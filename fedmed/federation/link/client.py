@@ -64,6 +64,7 @@ class SiteLink:
 
     Attributes:
         written: bytes written so far, before encryption.
+        date: the coordinator's clock as its last answer told (HTTP ``Date``), or an empty text.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class SiteLink:
         self._tap = tap
         self._connection: http.client.HTTPSConnection | None = None
         self.written = 0
+        self.date = ""
 
     def task(self, phase: str, wait: float) -> bytes | None:
         """The sealed statement of the task that waits for this site, or None.
@@ -187,14 +189,17 @@ class SiteLink:
         try:
             response = self._send_once(method, path, headers, body)
         except (OSError, http.client.HTTPException) as error:
+            cause = self._last_word(error)
             self.close()
             if not kept or isinstance(error, ssl.SSLCertVerificationError):
-                raise _translated(error, self._address) from error
+                raise _translated(cause, self._address) from error
             try:
                 response = self._send_once(method, path, headers, body)
             except (OSError, http.client.HTTPException) as again:
+                cause = self._last_word(again)
                 self.close()
-                raise _translated(again, self._address) from again
+                raise _translated(cause, self._address) from again
+        self.date = response.getheader("Date", "")
         if response.status in (200, 204, 206):
             return response
         text = self._read(response, 4 * _TELLS).decode(errors="replace")[:_TELLS]
@@ -228,6 +233,22 @@ class SiteLink:
             if self._rate is not None:
                 time.sleep(max(0.0, sent / self._rate - (time.monotonic() - begun)))
         return connection.getresponse()
+
+    def _last_word(self, error: Exception) -> Exception:
+        """Why the other end hung up, if it said so.
+
+        It looks at this site's certificate after TLS has begun for this end, so that a request
+        may break on the end of the connection before the alert is read.
+        """
+        broken = isinstance(error, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError)
+        connection = self._connection
+        if broken and connection is not None and connection.sock is not None:
+            try:
+                connection.sock.recv(1)
+            except OSError as alert:
+                if isinstance(alert, ssl.SSLError) and "ALERT" in (alert.reason or ""):
+                    return alert
+        return error
 
     def _connect(self) -> _Connection:
         host, port, proxy = self._address.host, self._address.port, self._address.proxy
