@@ -133,7 +133,10 @@ class Double:
         update = ClientUpdate(task.run, task.round, task.site, PackedArrays((), {}), None)
         records = {"config": {"update": encode(update, skip=frozenset({"arrays"}))}}
         written = save_arrays(
-            outbox, {"parameters.float32": values}, {"records": json.dumps(records)}
+            outbox,
+            {"parameters.float32": values},
+            {"records": json.dumps(records)},
+            durable=False,
         )
         answer = AnswerStatement(
             study=task.study, plan=task.plan, run=task.run, round=task.round, site=task.site,

@@ -36,9 +36,9 @@ import numpy as np
 
 from fedmed.federation.client_app import make_client_app
 from fedmed.federation.coordinator import Coordinator, RunPlan, SiteSlot
+from fedmed.federation.flower import context_of
 from fedmed.federation.quiet import hush
 from fedmed.federation.server_app import run_server_app
-from fedmed.federation.flower import context_of
 from fedmed.federation.simulation.grid import Handler, InProcessGrid
 from fedmed.federation.state import Checkpoints, ServerState
 from fedmed.federation.strategies import Strategy, make_strategy

@@ -94,7 +94,7 @@ class StudyRun:
             self._store.spent(update.site, update.epsilon)
         self._log.append(
             "round-closed", run=self._run, round=report.round, updates=len(report.updates),
-            weights=state.arrays.sha256(), seconds=round(report.seconds, 3),
+            seconds=round(report.seconds, 3),
         )  # fmt: skip
         self._write_metrics(report)
         self._store.set_run(self._run, round_=report.round, seconds=state.seconds, error="")

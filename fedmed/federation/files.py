@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedmed.errors import CheckpointError
 from fedmed.files import atomic_writer
+from fedmed.hashing import PassingHash
 
 PIECE: Final = 1 << 20
 """Bytes moved at once."""
@@ -52,6 +52,8 @@ def save_arrays(
     arrays: Mapping[str, NDArray[np.generic]],
     facts: Mapping[str, str],
     mode: int = 0o644,
+    *,
+    durable: bool = True,
 ) -> Written:
     """Write a safetensors file with text metadata, atomically.
 
@@ -73,10 +75,11 @@ def save_arrays(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
-    digest = hashlib.sha256(head)
+    digest = PassingHash()
+    digest.update(head)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(path, mode) as file:
+        with atomic_writer(path, mode, durable=durable) as file:
             file.write(head)
             for key in header:
                 if key != "__metadata__":
@@ -86,6 +89,8 @@ def save_arrays(
                         file.write(raw[first : first + PIECE])
     except OSError as error:
         raise _unwritable(path, error) from error
+    finally:
+        digest.close()
     return Written(digest.hexdigest(), len(head) + offset)
 
 

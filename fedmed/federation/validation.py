@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedmed.errors import UpdateRejected
 from fedmed.types import ClientUpdate, PackedArrays
 
+_PIECE = 1 << 18  # elements: their sum of squares is exact enough in float32
 LARGEST_NORM = 1e18
 """No sane weights come near; above it the squares that server optimisers keep overflow."""
 
@@ -73,10 +74,9 @@ def distance(new: PackedArrays, old: PackedArrays) -> float:
     return math.sqrt(squares)
 
 
-def _squared_distance(a: NDArray[np.generic], b: NDArray[np.generic], step: int = 1 << 20) -> float:
-    """In pieces: a copy of the difference would double a large model's memory."""
-    total = 0.0
-    for first in range(0, len(a), step):
-        part = np.subtract(a[first : first + step], b[first : first + step], dtype=np.float64)
-        total += float(np.dot(part, part))
-    return total
+def _squared_distance(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
+    """In pieces: the difference of two large models would be a third one in memory."""
+    return sum(
+        squared_norm(np.subtract(a[i : i + _PIECE], b[i : i + _PIECE], dtype=a.dtype))
+        for i in range(0, len(a), _PIECE)
+    )

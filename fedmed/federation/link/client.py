@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import socket
@@ -13,11 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from fedmed import __version__
 from fedmed.errors import LinkError, LinkRefused, TrustError, Unreachable
 from fedmed.federation.files import PIECE
+from fedmed.hashing import PassingHash
 from fedmed.trust.statements import MOST
 
 _TIMEOUT: Final = 60.0  # seconds without a byte
@@ -116,28 +116,40 @@ class SiteLink:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{sha256}.part")
-        start = part.stat().st_size if part.exists() else 0
-        if start > size:
+        if part.exists() and part.stat().st_size > size:
             part.unlink()
-            start = 0
-        if start < size:
-            self._fetch_rest(sha256, size, part, start)
-        if _sha256(part) != sha256:
+        digest = PassingHash()
+        try:
+            with part.open("a+b") as file:
+                self._fetch_rest(file, sha256, size, digest)
+            found = digest.hexdigest()
+        finally:
+            digest.close()
+        if found != sha256:
             part.unlink()
             raise TrustError("the task's payload is not what was signed", "it is fetched again")
         part.replace(path)
 
-    def _fetch_rest(self, sha256: str, size: int, part: Path, start: int) -> None:
+    def _fetch_rest(self, file: BinaryIO, sha256: str, size: int, digest: PassingHash) -> None:
+        """Append what an earlier try did not get; the hash covers both."""
+        file.seek(0)
+        start = 0
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            start += len(piece)
+        if start == size:
+            return
         headers = {"Range": f"bytes={start}-"} if start else {}
         response = self._send("GET", f"/v1/payload/{sha256}", headers)
-        with part.open("ab") as file:
-            if response.status != 206:
-                file.truncate(0)
-                start = 0
-            rest = size - start
-            while rest and (piece := self._read(response, min(PIECE, rest))):
-                file.write(piece)
-                rest -= len(piece)
+        if start and response.status != 206:
+            self.close()
+            file.truncate(0)
+            raise Unreachable("the payload cannot be continued", "it is fetched from its beginning")
+        rest = size - start
+        while rest and (piece := self._read(response, min(PIECE, rest))):
+            digest.update(piece)
+            file.write(piece)
+            rest -= len(piece)
         if rest or self._read(response, 1):
             self.close()
             raise Unreachable("the payload broke off", "it goes on from there")
@@ -315,11 +327,6 @@ def _pieces(head: bytes, payload: Path | None) -> Iterator[bytes]:
         with payload.open("rb") as file:
             while piece := file.read(PIECE):
                 yield piece
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _translated(error: Exception, address: Address) -> LinkError | TrustError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 import uuid
@@ -13,6 +12,7 @@ from typing import Final, Protocol
 from fedmed.errors import FedmedError, LinkRefused, TrustError
 from fedmed.federation.files import PIECE
 from fedmed.federation.link.store import Store, TaskRow
+from fedmed.hashing import PassingHash
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, unseal
 
@@ -132,7 +132,7 @@ class Desk:
     def _keep(self, statement: AnswerStatement, body: Body, spool: Path) -> Path:
         """The answer's file under its hash, whole or not at all."""
         temporary = spool / f".{uuid.uuid4().hex}"
-        digest = hashlib.sha256()
+        digest = PassingHash()
         try:
             spool.mkdir(parents=True, exist_ok=True)
             with temporary.open("xb") as file:
@@ -154,6 +154,7 @@ class Desk:
                 507, f"the coordinator cannot keep the answer ({error.strerror})", "try again later"
             ) from error
         finally:
+            digest.close()
             temporary.unlink(missing_ok=True)
 
     def replace_key(self, site: str, pem: bytes) -> None:

@@ -60,7 +60,8 @@ def write_payload(path: Path, content: RecordDict) -> Payload:
         else:
             records[name] = dict(record)
     facts = {"records": json.dumps(records, allow_nan=False)}
-    written = save_arrays(path, arrays, facts, mode=0o600)
+    # Not forced to disk: whoever needs it again can make or ask for it again.
+    written = save_arrays(path, arrays, facts, mode=0o600, durable=False)
     return Payload(path, written.sha256, written.size)
 
 
