@@ -156,6 +156,8 @@ class Coordinator:
         _attach_buffers(requests, state.arrays)
         aggregation = make_aggregation(self._strategy)
         updates, failures = self._collect(requests, task, aggregation)
+        for request in requests:
+            _let_go(request)
         if len(updates) < self._plan.min_sites:
             raise QuorumNotMet(
                 f"round {round_}: {len(updates)} valid updates, "
@@ -212,6 +214,7 @@ class Coordinator:
                 aggregation.add(reply, outcome, slot.weight)
                 outcome = replace(outcome, arrays=PackedArrays((), {}))
             outcomes[slot.name] = outcome
+            _let_go(reply)
 
         slots = [self._sites[m.metadata.dst_node_id] for m in requests]
         turn = 0
@@ -259,6 +262,17 @@ class Coordinator:
         except Exception as error:  # whatever a site sends costs that site the round
             return Failure(slot.name, "update-rejected", type(error).__name__)
         return answer
+
+
+def _let_go(message: Message) -> None:
+    """Free a message's arrays now.
+
+    Flower's records refer to themselves, so that a model's memory would wait for the collector
+    of cycles.
+    """
+    if message.has_content():
+        for record in message.content.array_records.values():
+            record.clear()
 
 
 def _shown(text: str, most: int) -> str:
