@@ -70,10 +70,11 @@ class SiteService:
             AuditError: another client of this site is running, or the log is damaged.
             DataError, ConfigError, LedgerError: data, rules or books are not usable.
         """
-        with open_soon(self._folder.audit_path) as audit:
+        kit = self._folder.kit
+        with open_soon(self._folder.audit_path, study=kit.study, site=kit.site) as audit:
             agent = open_agent(self._folder, audit)
             audit.append(
-                "client-started", study=self._folder.kit.study, plan=self._folder.plan.sha256(),
+                "client-started", study=kit.study, plan=self._folder.plan.sha256(),
                 rules=self._folder.rules_hash(),
             )  # fmt: skip
             link = self._connect(self._folder)
