@@ -70,7 +70,7 @@ def _add_enrolment(actions: _Actions) -> None:
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="the site's .crt file")
     parser.add_argument("--kit", type=Path, metavar="FILE", help="where the kit goes")
     parser = _add(actions, "revoke", _revoke, "shut a site out, from its next request on")
-    parser.add_argument("site", metavar="SITE")
+    parser.add_argument("site", metavar="SITE", help="its name")
 
 
 def _add_runs(actions: _Actions) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 
-from fedmed.audit.log import AuditLog
+from fedmed.audit.log import AuditLog, read
 from fedmed.data.site import load_site
 from fedmed.data.spec import PrepSpec
-from fedmed.errors import PolicyRefused
+from fedmed.errors import LedgerError, PolicyRefused
 from fedmed.federation.accounts import Account, Accounts
 from fedmed.federation.gate import Gate, Progress
 from fedmed.federation.site_agent import SiteAgent
@@ -26,6 +27,7 @@ def open_agent(folder: HospitalFolder, audit: AuditLog) -> SiteAgent:
         DataError, ConfigError, LedgerError: data, rules or books are not usable.
     """
     check_approved(folder)
+    check_ledger(folder)
     plan, rules = folder.plan, folder.rules
     policy = rules.policy()
     prep = PrepSpec(intensity=plan.prepare.intensity, spacing=plan.prepare.spacing)
@@ -60,6 +62,25 @@ def check_approved(folder: HospitalFolder) -> None:
             f"the plan is not approved by {', '.join(missing)}",
             "name the roles in site.toml and let them run: fedmed site approve",
         )
+
+
+def check_ledger(folder: HospitalFolder) -> None:
+    """Refuse to begin a new account where an old one must have been.
+
+    Raises:
+        LedgerError: the audit log tells of training and there is no ledger.
+    """
+    log, ledger = folder.audit_path, folder.ledger_path
+    if not ledger.exists() and tells_of_training(log):
+        raise LedgerError(
+            f"the ledger {ledger} is gone, and the audit log tells of training",
+            "restore it from a backup; if there is none, treat the cohort's budget as spent",
+        )
+
+
+def tells_of_training(log: Path) -> bool:
+    """Whether a site's log says that anything was ever trained. Raises AuditError."""
+    return log.exists() and any(entry["event"] == "task-admitted" for entry in read(log))
 
 
 def why_paused(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from fedmed.audit.log import read, verify
+from fedmed.audit.log import verify
 from fedmed.data.manifest import MANIFEST
 from fedmed.errors import AuditError, PolicyRefused
+from fedmed.hospital.agent import tells_of_training
 from fedmed.hospital.checks_base import Remarks, fault, ok, warning
 from fedmed.hospital.checks_site import REMEDIES, Site
 from fedmed.types import PrivacyUnit, Split
@@ -76,7 +77,7 @@ def ledger(site: Site) -> Remarks:
 
 def _trained(log: Path) -> bool:
     try:
-        return log.exists() and any(e["event"] == "task-admitted" for e in read(log))
+        return tells_of_training(log)
     except AuditError:
         return False  # said under log
 

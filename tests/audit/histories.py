@@ -182,8 +182,7 @@ class World:
                     )  # fmt: skip
                     yield
             main.log.append(
-                "round-closed", run=run.name, round=number, updates=len(used),
-                weights=sha(run.name, number), seconds=1.5,
+                "round-closed", run=run.name, round=number, updates=len(used), seconds=1.5,
             )  # fmt: skip
             run.round = number
             yield
