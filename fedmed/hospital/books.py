@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from fedmed.audit.log import read
 from fedmed.errors import ConfigError
-from fedmed.hospital.agent import why_paused
 from fedmed.hospital.approval import missing_approvals
+from fedmed.hospital.conditions import why_paused
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.privacy.accountant import default_delta
 from fedmed.privacy.ledger import Ledger, LedgerEntry

@@ -8,9 +8,9 @@ from typing import Final
 from fedmed.audit.log import verify
 from fedmed.data.manifest import MANIFEST
 from fedmed.errors import AuditError, PolicyRefused
-from fedmed.hospital.agent import tells_of_training
 from fedmed.hospital.checks_base import Remarks, fault, ok, warning
 from fedmed.hospital.checks_site import REMEDIES, Site
+from fedmed.hospital.conditions import tells_of_training
 from fedmed.types import PrivacyUnit, Split
 
 _SHOWN: Final = 5  # problems of a kind

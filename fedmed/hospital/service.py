@@ -14,7 +14,8 @@ from fedmed.federation.link.client import SiteLink
 from fedmed.federation.link.exchange import Exchange
 from fedmed.federation.link.store import PAUSED
 from fedmed.federation.site_agent import SiteAgent
-from fedmed.hospital.agent import open_agent, why_paused
+from fedmed.hospital.agent import open_agent
+from fedmed.hospital.conditions import why_paused
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.hospital.task import Answer, LocalFault, Work, receive
 from fedmed.trust.statements import TaskStatement
