@@ -380,12 +380,17 @@ class Store:
             )
         self._notify()
 
+    def withdraw(self, identifier: str) -> None:
+        """Drop a task that nobody has answered, so that it is issued anew."""
+        with self._use() as db:
+            db.execute("DELETE FROM tasks WHERE id = ? AND answer IS NULL", (identifier,))
+
     def open_task(self, site: str) -> TaskRow | None:
         """The newest task that waits for a site's answer, of a run that goes on."""
         found = self._rows(
             TaskRow,
-            "SELECT tasks.* FROM tasks JOIN runs USING (run) WHERE site = ? AND answer IS NULL "
-            "AND runs.state = 'running' AND tasks.round = runs.round + 1 LIMIT 1",
+            "SELECT tasks.* FROM tasks JOIN runs USING (run) JOIN sites ON sites.name = site "
+            "WHERE site = ? AND sites.state = 'enrolled' AND answer IS NULL AND runs.state = 'running' AND tasks.round = runs.round + 1 LIMIT 1",
             site,
         )
         return found[0] if found else None
