@@ -17,9 +17,10 @@ all of them; ratios over plain are taken lap by lap, medians and quartiles are s
 Memory: the most that torch had allocated at once during a step, beyond what it had before it (the
 network and its input), from the profiler's record on the CPU and from the allocator on a GPU.
 
-Exactness: each private mode's clipped sum against autograd on one patient at a time, all of them
-clipped; one that is off by more than 1e-3 of the sum's norm is marked WRONG. In reduced precision
-the error is shown and not judged.
+Exactness: each private mode's clipped sum against autograd's, one backward pass a patient, all of
+them clipped. One that is off by more than 1e-3 of the sum's norm is tried on a few images in
+float64, where rounding explains nothing, and marked WRONG if it still is. In reduced precision the
+error is shown and not judged.
 
 A mode that fails is shown with its error.
 
@@ -49,7 +50,7 @@ import torch
 from bench_dp_floors import measure_cost, measure_peaks
 from bench_dp_modes import CASES, MODES, Bench, Step
 from bench_dp_profile import measure_profiles, table
-from bench_dp_rows import Measured, Row, line, make_row
+from bench_dp_rows import TOLERANCE, Measured, Row, line, make_row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -104,6 +105,16 @@ def peak_memory(run: Step, device: torch.device) -> float:
     return float(max(itertools.accumulate(nbytes for _, nbytes in changes))) / 1e6
 
 
+def relative_error(bench: Bench, mode: str, step: Step) -> float:
+    """Of the clipped sum; where float32 leaves a doubt, that in float64."""
+    error = bench.relative_error(mode, step)
+    if bench.precision == "fp32" and not error <= TOLERANCE:
+        few = replace(bench.case, batch=min(bench.case.batch, 4))
+        bench = Bench(few, bench.device, "fp64", channels_last=False)
+        error = bench.relative_error(mode, bench.step(mode))
+    return error
+
+
 def measure(
     bench: Bench, modes: Sequence[str], arguments: argparse.Namespace
 ) -> dict[str, Measured]:
@@ -116,7 +127,7 @@ def measure(
             if not arguments.no_memory:
                 result.memory_mb = peak_memory(result.step, bench.device)
             if mode != "plain":
-                result.relative_error = bench.relative_error(mode, result.step)
+                result.relative_error = relative_error(bench, mode, result.step)
             if arguments.floors:
                 result.cost = measure_cost(bench, mode, result.step)
         except Exception as error:
