@@ -24,9 +24,20 @@ error is shown and not judged.
 
 A mode that fails is shown with its error.
 
---floors adds what the step would take if it did nothing but its arithmetic, or nothing but move
-the bytes it must, at the peaks that this machine shows in a large matrix product and a large copy.
---profile shows where our step's time goes beside the plain step's, with every operation timed.
+--floors adds each step's arithmetic (matrix products and convolutions, as dispatched, backward pass
+included), and three times that it would take at the peaks which this machine shows in a large
+float32 matrix product (of the given precision with --precision) and a large copy:
+    FLOPs               nothing but that arithmetic
+    least bytes         parameters read twice, gradients written, images read twice, what the
+                        forward pass saves for the backward pass written and read once; for our
+                        modes also what waits for the clipping factors; not known for others
+    bytes by operation  each operation reads its inputs and writes its results, nothing is fused
+
+--profile shows where the time of fedmed goes beside that of plain, every operation timed, in
+milliseconds: forward pass, gradients of inputs, of weights (batched, by unit, Gram norms, weighted
+sums with the norms of what is kept), normalisation and element-wise parameters in both passes, and
+other: Python, autograd, interception. The shortest of the laps; with --threads 1 in CPU time, which
+other processes disturb less.
 
 examples:
   scripts/bench_dp --laps 5 --json dp.json
@@ -163,6 +174,8 @@ def parse() -> argparse.Namespace:
                 parser.error(f"unknown name {name!r} in --{kind}, use {', '.join(known)}")
     if arguments.profile and not {"plain", "fedmed"} <= set(arguments.modes):
         parser.error("--profile compares plain with fedmed, add both to --modes")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"no folder {arguments.json.parent} for --json, make it first")
     if arguments.laps < 1 or arguments.threads < 1 or arguments.batch < 0 or arguments.batch == 1:
         parser.error("--laps and --threads are 1 at least, --batch 2")
     return arguments

@@ -22,10 +22,10 @@ class Row:
     Attributes:
         exact: whether the clipped sum is right; None for plain, and in reduced precision.
         relative_error: of the clipped sum.
-        gflops: billions of operations in matrix products and convolutions of one step.
-        floor_flops_ms: these at the machine's peak.
-        floor_bytes_ms: the least bytes that must move, at the machine's peak.
-        op_bytes_ms: what all operations read and write one by one, at the machine's peak.
+        gflop: billions of operations in matrix products and convolutions of one step.
+        least_gb: the bytes that must move at least, in units of 1e9.
+        op_gb: the bytes that all operations read and write, one by one.
+        floor_flops_ms, floor_bytes_ms, op_bytes_ms: these three at the machine's peaks.
     """
 
     model: str
@@ -45,8 +45,10 @@ class Row:
     precision: str
     machine: str
     load: tuple[float, float]
-    gflops: float | None = None
+    gflop: float | None = None
     flops_ratio: float | None = None
+    least_gb: float | None = None
+    op_gb: float | None = None
     floor_flops_ms: float | None = None
     floor_bytes_ms: float | None = None
     op_bytes_ms: float | None = None
@@ -101,8 +103,10 @@ def make_row(bench: Bench, mode: str, results: Mapping[str, Measured], peaks: Pe
     least = mine.cost.least_bytes
     return replace(
         row,
-        gflops=mine.cost.flops / 1e9,
+        gflop=mine.cost.flops / 1e9,
         flops_ratio=mine.cost.flops / plain.cost.flops if plain.cost else None,
+        least_gb=None if least is None else least / 1e9,
+        op_gb=mine.cost.op_bytes / 1e9,
         floor_flops_ms=1e3 * mine.cost.flops / peaks.flops,
         floor_bytes_ms=None if least is None else 1e3 * least / peaks.bytes,
         op_bytes_ms=1e3 * mine.cost.op_bytes / peaks.bytes,
@@ -127,13 +131,13 @@ def line(row: Row) -> str:
     if row.memory_ratio:
         text += f" {row.memory_ratio:5.2f}x memory"
     if row.relative_error is not None:
-        verdict = {True: "exact", False: "WRONG", None: ""}[row.exact]
-        text += f" {verdict} (error {row.relative_error:.0e})"
-    if row.gflops is not None:
+        verdict = {True: " exact", False: " WRONG", None: ""}[row.exact]
+        text += f"{verdict} (error {row.relative_error:.0e})"
+    if row.gflop is not None:
         least = "-" if row.floor_bytes_ms is None else f"{row.floor_bytes_ms:.0f}"
         ratio = f" ({row.flops_ratio:.2f}x)" if row.flops_ratio else ""
         text += (
-            f" {row.gflops:.1f} GFLOP{ratio}, floors: FLOPs {row.floor_flops_ms:.0f} ms,"
+            f" {row.gflop:.1f} GFLOP{ratio}, floors: FLOPs {row.floor_flops_ms:.0f} ms,"
             f" least bytes {least} ms, bytes by operation {row.op_bytes_ms:.0f} ms"
         )
     return text
