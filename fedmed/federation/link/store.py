@@ -390,7 +390,8 @@ class Store:
         found = self._rows(
             TaskRow,
             "SELECT tasks.* FROM tasks JOIN runs USING (run) JOIN sites ON sites.name = site "
-            "WHERE site = ? AND sites.state = 'enrolled' AND answer IS NULL AND runs.state = 'running' AND tasks.round = runs.round + 1 LIMIT 1",
+            "WHERE site = ? AND sites.state = 'enrolled' AND answer IS NULL "
+            "AND runs.state = 'running' AND tasks.round = runs.round + 1 LIMIT 1",
             site,
         )
         return found[0] if found else None

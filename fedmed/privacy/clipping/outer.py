@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedmed.privacy.clipping.layout import Layout, Span
+from fedmed.privacy.row_norms import row_norms
 
 _ROUNDING: Final = 4.0  # rounding errors by which Gram norms are enlarged
 
@@ -131,9 +132,7 @@ class WeightGradient(ABC):
 
 def squared_norms(gradients: Tensor) -> Tensor:
     """Squared Euclidean norm of each row of ``[units, ...]``."""
-    rows = gradients.reshape(len(gradients), -1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms.square_()
+    return row_norms(gradients).square_()
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
