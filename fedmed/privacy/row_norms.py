@@ -20,9 +20,9 @@ def row_norms(values: Tensor) -> Tensor:
     rows = values.flatten(1) if values.ndim > 1 else values[:, None]
     whole = rows.shape[1] // _WIDTH * _WIDTH
     if whole <= _WIDTH:
-        return torch.linalg.vector_norm(rows, dim=1)
-    pieces = torch.linalg.vector_norm(
-        rows[:, :whole].reshape(len(rows), whole // _WIDTH, _WIDTH), dim=2
-    )
+        short: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return short
+    parts = rows[:, :whole].reshape(len(rows), whole // _WIDTH, _WIDTH)
+    pieces = torch.linalg.vector_norm(parts, dim=2)
     rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
     return row_norms(torch.cat([pieces, rest], dim=1))
