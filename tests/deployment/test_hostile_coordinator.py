@@ -302,9 +302,18 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "_target_ in the model": ("malformed-task", edited(target_key)),
     "_target_ as a parameter": ("model-differs", edited(target_parameter)),
     "deep JSON": ("malformed-task", edited_text("[" * 100_000)),
+    "deep table": ("malformed-task", with_config(table="[" * 100_000)),
     "round not a number": (
         "malformed-task",
         lambda a: a.send(a.content(**{"server-round": "3"}), round=3),  # type: ignore[arg-type]
+    ),
+    "pickle in a record": (
+        "malformed-task",
+        lambda a: a.send(a.content(code=base64.b64encode(pickled()).decode())),
+    ),
+    "bundle in a record": (
+        "malformed-task",
+        lambda a: a.send(a.content(fab=base64.b64encode(flower_bundle()).decode())),
     ),
     "record of unknown name": ("malformed-task", unknown_record),
     "pickle as payload": ("malformed-task", raw(pickled)),
