@@ -295,6 +295,8 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "more tensors": ("tensors-differ", more_tensors),
     "other dtype": ("malformed-task", other_dtype),
     "extra buffer": ("malformed-task", extra_buffer),
+    "weights not finite": ("non-finite-weights", not_finite),
+    "same round, other weights": ("round-repeated", other_weights),
     "stale round": ("stale-round", lambda a: a.send(a.content(round=1))),
     "run beyond the plan's": ("too-many-runs", lambda a: other_run(a, "demo-second")),
     "run of another study": ("run-differs", lambda a: other_run(a, "elsewhere-1")),
