@@ -323,6 +323,7 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "empty payload": ("malformed-task", raw(bytes)),
     "header of 2^60 bytes": ("malformed-task", raw(endless_header)),
     "deeply nested header": ("malformed-task", raw(deep_header)),
+    "thousands of buffers": ("malformed-task", many_buffers),
     "oversized payload": ("task-too-large", stated(size=1 << 40)),
     "other plan": ("plan-differs", stated(plan="0" * 64)),
     "expired": ("task-expired", too_late),
