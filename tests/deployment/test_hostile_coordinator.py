@@ -327,6 +327,7 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "oversized payload": ("task-too-large", stated(size=1 << 40)),
     "other plan": ("plan-differs", stated(plan="0" * 64)),
     "expired": ("task-expired", too_late),
+    "issued in the far future": ("task-expired", from_the_future),
     "other round inside": ("statement-differs", other_round_inside),
     "other run inside": ("statement-differs", other_run_inside),
     "for another site": ("not-vouched-for", stated(site="south")),
@@ -334,6 +335,7 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "signed by nobody known": ("not-vouched-for", other_signature),
     "signed under another authority": ("not-vouched-for", by_stranger),
     "signed by the TLS server": ("not-vouched-for", by_server_key),
+    "signer is no text": ("not-vouched-for", by_odd_certificate),
 }
 
 
