@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import pickle
 import random
 import re
 import struct
 import sys
+import threading
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +22,19 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord
 from hostile import Attacker, Outcome
-from studies import Canaries, hospital, study, with_plan
+from rawserver import Act, RawServer, Request
+from studies import HOST, Canaries, hospital, link_to, study
+from watching import Seen, watching
 
+from fedmed.audit.log import read
+from fedmed.coordinator.folder import StudyFolder
 from fedmed.errors import ConfigError
+from fedmed.federation.kit import read_kit
 from fedmed.federation.link.payload import write_payload
 from fedmed.federation.messages import TASK, ViewArray
+from fedmed.hospital import service
 from fedmed.hospital.folder import HospitalFolder, create_site
+from fedmed.hospital.service import SiteService
 from fedmed.trust import certificates
 from fedmed.trust.keys import SigningKey
 from fedmed.trust.statements import seal
@@ -359,12 +369,17 @@ def assert_nothing_done(outcome: Outcome, a: Attacker) -> None:
     refusals = [e for e in outcome.log if e["event"] == "task-refused"]
     assert [e["code"] for e in refusals] == [outcome.code]
     assert not any(e["event"] in ("task-admitted", "update-released") for e in outcome.log)
-    assert outcome.seen.opened_under(a.site.data) == []
+    assert images_opened(outcome.seen, a) == []
     assert outcome.seen.connected == []
     assert outcome.seen.started == []
     assert outcome.modules == frozenset()
     assert CANARY_MODULE not in sys.modules
     assert not outcome.charged
+
+
+def images_opened(seen: Seen, a: Attacker) -> list[str]:
+    """Whether anybody is left who consents is looked up even for a task that is then refused."""
+    return [p for p in seen.opened_under(a.site.data) if not p.endswith("optout.csv")]
 
 
 def assert_reason_is_clean(reason: str, a: Attacker, canaries: Canaries) -> None:
@@ -384,6 +399,316 @@ def test_round_goes_on_after_all_that(attacker: Attacker) -> None:
     assert outcome.code == ""
     assert outcome.charged
     assert outcome.seen.opened_under(attacker.site.data) != []  # optout.csv is read each round
-    assert all(
-        path.endswith("optout.csv") for path in outcome.seen.opened_under(attacker.site.data)
-    )
+    assert images_opened(outcome.seen, attacker) == []
+
+
+# ---- the hospital's own rules, against a plan that was approved by mistake
+
+
+def other_study(a: StudyFolder, path: Path, **changes: object) -> StudyFolder:
+    return study(path, replace(a.plan, **changes), a.initial())  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(
+    ("code", "changes", "rules"),
+    [
+        ("budget-exhausted", {}, {"max_epsilon": "0.5"}),
+        ("metrics-withheld", {"metrics": ("auroc",)}, {}),
+        ("unit-not-allowed", {"dp": PrivacyUnit.IMAGE}, {}),
+        ("dp-required", {"dp": None}, {}),
+    ],
+)
+def test_rules_hold_against_the_plan(
+    code: str,
+    changes: dict,
+    rules: dict,
+    private_study: StudyFolder,
+    data: Path,
+    canaries: Canaries,
+    tmp_path: Path,
+    attacker: Attacker,  # has imported what a round needs
+) -> None:
+    if isinstance(changes.get("dp"), PrivacyUnit):
+        changes = {"dp": replace(private_study.plan.dp, unit=changes["dp"])}  # type: ignore[type-var]
+    folder = other_study(private_study, tmp_path / "study", **changes)
+    rules = {**rules, "cohort": '"canary-cohort"'}
+    a = Attacker(folder, hospital(folder, tmp_path / "hospital", data, **rules))
+    outcome = a.send(a.content(round=1))
+    a.close()
+    assert outcome.code == code
+    assert_nothing_done(outcome, a)
+    assert_reason_is_clean(outcome.reason, a, canaries)
+    assert "canary" not in outcome.reason
+
+
+# ---- damaged bytes
+
+
+def flipped(content: bytes, draw: random.Random) -> bytes:
+    """The content with one bit turned."""
+    changed = bytearray(content)
+    changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+    return bytes(changed)
+
+
+def test_any_flipped_bit_of_a_signed_payload_is_refused(
+    attacker: Attacker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the coordinator signs it: round 2 was trained, and not on these bytes."""
+    write_payload(tmp_path / "task", attacker.content(round=2))
+    content = (tmp_path / "task").read_bytes()
+    draw = random.Random(5)
+    codes: dict[str, int] = {}
+    charges = attacker.charges()
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand refusals are in the log
+    with watching() as seen:
+        for _ in range(1000):
+            code = attacker.offer(flipped(content, draw), round=2)
+            codes[code] = codes.get(code, 0) + 1
+    assert images_opened(seen, attacker) == []
+    assert codes.pop("", 0) <= 5  # 1e-05 and 1E-05 are the same number: replayed, not trained
+    assert set(codes) <= {
+        "malformed-task", "statement-differs", "round-repeated", "non-finite-weights",
+        "stale-round", "too-many-runs", "run-differs", "tensors-differ", "rounds-differ",
+        "model-differs", "loss-differs", "optimizer-differs", "local-work-differs",
+        "privacy-differs", "input-differs", "augmentation-differs", "seed-differs",
+        "personal-tensors-differ", "proximal-differs",
+    }  # fmt: skip
+    assert attacker.charges() == charges
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
+def test_any_flipped_bit_of_a_statement_is_refused(
+    attacker: Attacker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    sealed = seal(attacker.statement(b"never fetched"), attacker.folder.signing_key)
+    draw = random.Random(6)
+    for _ in range(1000):
+        changed = flipped(sealed, draw)
+        if not same_statement(changed, sealed):
+            assert attacker.send_sealed(changed, quick=True).code == "not-vouched-for"
+
+
+def same_statement(a: bytes, b: bytes) -> bool:
+    """A signature in capitals is the same signature."""
+    try:
+        x, y = json.loads(a), json.loads(b)
+        return (x["statement"], x["signature"].lower()) == (y["statement"], y["signature"])
+    except (ValueError, KeyError):
+        return False
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
+def test_any_flipped_bit_of_a_signers_certificate_is_refused(attacker: Attacker) -> None:
+    der = base64.b64decode("".join(attacker.statement().signer.split("\n")[1:-2]))
+    draw = random.Random(7)
+    for _ in range(300):
+        text = base64.encodebytes(flipped(der, draw)).decode()
+        signer = f"-----BEGIN CERTIFICATE-----\n{text}-----END CERTIFICATE-----\n"
+        outcome = attacker.send(b"", quick=True, signer=signer)
+        assert outcome.code == "not-vouched-for"
+
+
+# ---- kits
+
+
+def test_kit_with_an_unknown_field_is_refused(private_study: StudyFolder, tmp_path: Path) -> None:
+    kit, plan = kit_of(private_study, tmp_path)
+    for name in ("kit.json", "plan.json"):
+        members = {"kit.json": kit, "plan.json": plan}
+        members[name] = json.dumps({**json.loads(members[name]), "hook": "os.system"})
+        path = tmp_path / f"bad-{name}.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, text in members.items():
+                archive.writestr(member, text)
+        with pytest.raises(ConfigError, match=r"unknown field .*hook"):
+            create_site(path, tmp_path / "site", "data")
+        assert not (tmp_path / "site").exists()
+
+
+def test_any_flipped_bit_of_a_kit_is_refused_or_harmless(
+    private_study: StudyFolder, tmp_path: Path
+) -> None:
+    kit_of(private_study, tmp_path)
+    content = (tmp_path / "kit.zip").read_bytes()
+    honest = read_kit(tmp_path / "kit.zip")
+    draw, refused = random.Random(8), 0
+    for _ in range(1000):
+        (tmp_path / "flipped.zip").write_bytes(flipped(content, draw))
+        try:
+            assert read_kit(tmp_path / "flipped.zip") == honest  # a date, or a comment
+        except ConfigError:
+            refused += 1
+    assert refused > 500
+
+
+def kit_of(folder: StudyFolder, path: Path) -> tuple[str, str]:
+    """The texts of a kit, which lies as ``kit.zip`` in the folder."""
+    hospital(folder, path / "kit", path)
+    with zipfile.ZipFile(path / "kit.zip") as archive:
+        return archive.read("kit.json").decode(), archive.read("plan.json").decode()
+
+
+# ---- what a server says
+
+
+def response(status: str, body: bytes = b"", *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+IDLE = response("204 No Content")
+
+
+def says(*pieces: bytes) -> Act:
+    return lambda _: pieces
+
+
+def endless(head: str) -> Act:
+    def act(_: Request) -> Iterator[bytes]:
+        yield head.encode()
+        while True:
+            yield b"x" * (1 << 16)
+
+    return act
+
+
+class Diary:
+    """Watches a client."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, str]] = []
+
+    def phase(self, phase: str, detail: str = "") -> None:
+        self.phases.append((phase, detail))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(service, "_LONGEST_WAIT", 0.02)
+
+
+HOSTILE_ANSWERS: dict[str, Act] = {
+    "redirect": says(response("302 Found", b"", "Location: https://192.0.2.1/v1/task")),
+    "redirect that keeps the method": says(
+        response("307 Temporary Redirect", b"", "Location: http://192.0.2.1:8080/")
+    ),
+    "endless body": endless("HTTP/1.1 200 OK\r\n\r\n"),
+    "endless chunks": endless(
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffff\r\n"
+    ),
+    "length of 2^60": endless(f"HTTP/1.1 200 OK\r\nContent-Length: {1 << 60}\r\n\r\n"),
+    "endless header line": endless("HTTP/1.1 200 OK\r\nX: "),
+    "endless status line": endless("HTTP/1.1 200 "),
+    "thousands of headers": says(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 5000 + b"\r\n"),
+    "no length": says(b"HTTP/1.1 200 OK\r\n\r\n{}"),
+    "no HTTP": says(b"\x00\xff\x80 SSH-2.0\r\n\r\n"),
+    "negative length": says(b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n"),
+    "chunk of no length": says(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"),
+    "cut body": says(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nshort"),
+    "nothing": says(b""),
+    "pickle": says(response("200 OK", pickled())),
+    "deep JSON": says(response("200 OK", b"[" * 200_000)),
+    "other status": says(response("418 Teapot", b"\x1b[2J\x1b]0;canary\x07 no tea")),
+}
+
+
+def test_client_survives_whatever_its_server_says(
+    private_study: StudyFolder,
+    data: Path,
+    canaries: Canaries,
+    tmp_path: Path,
+    impatient: None,
+) -> None:
+    """Each answer is refused and noted; the client goes on, and trains the honest round."""
+    site = hospital(private_study, tmp_path / "site", data, "west")
+    keys = private_study.path / "keys"
+    server = RawServer(keys / "server.crt", keys / "server.key", says(IDLE))
+    diary, honest = Diary(), Honest(private_study, site, tmp_path)
+    port = server.port
+    client = SiteService(site, diary, lambda folder: link_to(folder, port))
+    thread = threading.Thread(target=client.join)
+    thread.start()
+    try:
+        wait_until(lambda: diary.phases != [])  # the images are read by now
+        with watching() as seen:
+            for name, act in HOSTILE_ANSWERS.items():
+                served(server, act)
+                assert thread.is_alive(), name
+            for act in honest.bad_payloads():
+                served(server, honest.offer, act)
+                assert thread.is_alive()
+            assert seen.opened_under(data) == []
+            server.otherwise = honest
+            wait_until(lambda: honest.answered)
+            wait_until(lambda: diary.phases[-1][0] == "waiting")
+    finally:
+        client.stop()
+        thread.join(30)
+        server.close()
+    assert not thread.is_alive()
+    assert {address[:2] for address in seen.connected} == {(HOST, port)}
+    assert seen.started == []
+    assert CANARY_MODULE not in sys.modules
+    assert all(line.isprintable() for _, line in diary.phases)
+    log = list(read(site.audit_path))
+    reasons = [str(e["reason"]) for e in log if e["event"] in ("link-refused", "task-refused")]
+    for told in ("redirect", "418", "malformed", "too long", "not what was signed"):
+        assert any(told in reason for reason in reasons), told
+    assert all(r.isprintable() and str(tmp_path) not in r for r in reasons)
+    assert server.sent < 1 << 28  # nobody listened to the endless ones
+
+
+class Honest:
+    """A true task, its payload, and payloads that are not it."""
+
+    def __init__(self, folder: StudyFolder, site: HospitalFolder, path: Path) -> None:
+        plan = folder.plan
+        task = plan.train_task(plan.new_run(), 1, folder.initial())
+        # an attacker's tools serve for honest work too
+        tools = Attacker.__new__(Attacker)
+        tools.folder, tools.site, tools.plan, tools.run = folder, site, plan, task.run_id
+        tools.arrays = folder.initial()
+        payload = write_payload(path / "honest", tools.content(task))
+        self._content = payload.path.read_bytes()
+        self._sealed = seal(tools.statement(self._content, round=1), folder.signing_key)
+        self.answered = False
+
+    def offer(self, _: Request) -> Iterable[bytes]:
+        return (response("200 OK", self._sealed),)
+
+    def __call__(self, request: Request) -> Iterable[bytes]:
+        """Behave, from the offer to the answer."""
+        if request.line.startswith("GET /v1/payload/"):
+            return (response("200 OK", self._content),)
+        if request.line.startswith("POST /v1/task") and not self.answered:
+            return self.offer(request)
+        if request.line.startswith("POST /v1/answer"):
+            self.answered = len(request.body) > len(self._content) // 2
+        return (IDLE,)
+
+    def bad_payloads(self) -> Iterator[Act]:
+        size = len(self._content)
+        yield says(response("200 OK", self._content[:-1] + b"!"))
+        yield says(response("200 OK", pickled().ljust(size, b".")))
+        yield says(response("302 Found", b"", "Location: https://192.0.2.1/payload"))
+        yield says(response("404 Not Found", b"gone"))
+        yield says(response("200 OK", self._content[: size // 2]))  # what is missing comes next
+        yield says(response("206 Partial Content", b"x" * (size - size // 2)))
+        yield endless("HTTP/1.1 200 OK\r\n\r\n")
+
+
+def served(server: RawServer, *acts: Act) -> None:
+    """Let the client have these answers, and come again."""
+    before = len(server.requests)
+    server.then(*acts)
+    wait_until(lambda: server.done and len(server.requests) > before + len(acts))
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.005)
