@@ -35,6 +35,7 @@ from fedmed.federation.messages import TASK, ViewArray
 from fedmed.hospital import service
 from fedmed.hospital.folder import HospitalFolder, create_site
 from fedmed.hospital.service import SiteService
+from fedmed.report.plan import plan_lines
 from fedmed.trust import certificates
 from fedmed.trust.keys import SigningKey
 from fedmed.trust.statements import seal
@@ -527,20 +528,47 @@ def test_kit_with_an_unknown_field_is_refused(private_study: StudyFolder, tmp_pa
         assert not (tmp_path / "site").exists()
 
 
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_any_flipped_bit_of_a_kit_is_refused_or_harmless(
-    private_study: StudyFolder, tmp_path: Path
+    packing: int, private_study: StudyFolder, tmp_path: Path
 ) -> None:
-    kit_of(private_study, tmp_path)
-    content = (tmp_path / "kit.zip").read_bytes()
+    kit, plan = kit_of(private_study, tmp_path)
     honest = read_kit(tmp_path / "kit.zip")
+    path = tmp_path / "flipped.zip"
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        archive.writestr("kit.json", kit)
+        archive.writestr("plan.json", plan)
+    content = path.read_bytes()
     draw, refused = random.Random(8), 0
-    for _ in range(1000):
-        (tmp_path / "flipped.zip").write_bytes(flipped(content, draw))
+    for _ in range(500):
+        path.write_bytes(flipped(content, draw))
         try:
-            assert read_kit(tmp_path / "flipped.zip") == honest  # a date, or a comment
+            assert read_kit(path) == honest  # a date, or a comment
         except ConfigError:
             refused += 1
-    assert refused > 500
+    assert refused > 250
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_kit_in_another_packing_is_refused(
+    packing: int, private_study: StudyFolder, tmp_path: Path
+) -> None:
+    kit, plan = kit_of(private_study, tmp_path)
+    path = tmp_path / "packed.zip"
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        archive.writestr("kit.json", kit)
+        archive.writestr("plan.json", plan)
+    with pytest.raises(ConfigError, match="no start-up kit"):
+        read_kit(path)
+
+
+def test_plan_cannot_draw_on_the_screen_of_those_who_approve_it(
+    private_study: StudyFolder,
+) -> None:
+    plan = replace(private_study.plan, purpose="x\nprivacy    epsilon 0.1\x1b[1A\u202e")
+    lines = plan_lines(plan)
+    assert len(lines) == len(plan_lines(private_study.plan))
+    assert all(line.isprintable() for line in lines)
 
 
 def kit_of(folder: StudyFolder, path: Path) -> tuple[str, str]:
