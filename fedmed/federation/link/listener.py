@@ -15,7 +15,9 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +33,8 @@ from fedmed.trust.statements import MOST
 _HANDSHAKE: Final = 10.0  # seconds
 _IDLE: Final = 75.0  # seconds without a byte
 _MOST_CALLERS: Final = 512
+_MOST_OF_ONE: Final = 8  # connections of one site at once; its client needs two
+_LONGEST_WAIT: Final = 3600.0
 _DRAIN: Final = (1 << 26, 5.0)  # bytes and seconds of a refused request that are still read
 _log = logging.getLogger(__name__)
 
@@ -82,6 +86,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._certificate, self._key = certificate, key
         self._context: tuple[tuple[str, ...], ssl.SSLContext] | None = None
         self._callers = threading.BoundedSemaphore(_MOST_CALLERS)
+        self._connections: Counter[str] = Counter()
         self._lock = threading.Lock()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.address_family = family
@@ -115,6 +120,20 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().process_request_thread(request, client_address)
         finally:
             self._callers.release()
+
+    @contextmanager
+    def connection(self, fingerprint: str) -> Iterator[bool]:
+        """Count a certificate's connection while it lasts; False if there are too many."""
+        with self._lock:
+            self._connections[fingerprint] += 1
+            fits = self._connections[fingerprint] <= _MOST_OF_ONE
+        try:
+            yield fits
+        finally:
+            with self._lock:
+                self._connections[fingerprint] -= 1
+                if not self._connections[fingerprint]:
+                    del self._connections[fingerprint]
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         # callers that hang up are no news; nothing of what they sent is repeated
@@ -182,6 +201,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         super().finish()
         self.request.close()  # the wrapped socket: the plain one was detached
 
+    def handle(self) -> None:
+        with self.server.connection(self._fingerprint) as fits:
+            if fits:  # one site's connections leave room for the others'
+                super().handle()
+
     def do_GET(self) -> None:
         self._answer(self._get)
 
@@ -227,6 +251,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             phase, wait = hello.get("phase"), hello.get("wait")
             if not isinstance(phase, str) or not isinstance(wait, int | float):
                 raise LinkRefused(400, "expected phase and wait")
+            if not 0 <= wait <= _LONGEST_WAIT:  # NaN would be waited for in a busy loop
+                raise LinkRefused(400, f"expected wait in [0, {_LONGEST_WAIT:g}]")
             sealed = self.server.desk.task_for(
                 site, _printable(phase), float(wait), self.server.closing
             )
@@ -301,7 +327,7 @@ def _range(text: str | None, size: int) -> int:
     if text is None:
         return 0
     first = text.removeprefix("bytes=").removesuffix("-")
-    if not first.isdigit() or len(first) > 15 or int(first) >= size:
+    if not (first.isascii() and first.isdigit()) or len(first) > 15 or int(first) >= size:
         raise LinkRefused(416, "the range does not fit")
     return int(first)
 
