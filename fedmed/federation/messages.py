@@ -242,6 +242,11 @@ def refuse(message: Message, refusal: Refusal) -> Message:
     return Message(content, reply_to=message)
 
 
+def is_refusal(content: RecordDict) -> bool:
+    """Whether an answer's records say that they are a refusal."""
+    return REFUSAL in content.config_records.get(CONFIG, ConfigRecord())
+
+
 def refusal_of(reply: Message) -> Refusal | None:
     """The refusal that a reply holds, or None."""
     config = reply.content.config_records.get(CONFIG, ConfigRecord())

@@ -381,10 +381,11 @@ class Store:
         self._notify()
 
     def open_task(self, site: str) -> TaskRow | None:
-        """The newest task that waits for a site's answer, of a run that goes on."""
+        """The newest task that waits for an enrolled site's answer, of a run that goes on."""
         found = self._rows(
             TaskRow,
-            "SELECT tasks.* FROM tasks JOIN runs USING (run) WHERE site = ? AND answer IS NULL "
+            "SELECT tasks.* FROM tasks JOIN runs USING (run) JOIN sites ON sites.name = site "
+            "WHERE site = ? AND answer IS NULL AND sites.state = 'enrolled' "
             "AND runs.state = 'running' AND tasks.round = runs.round + 1 LIMIT 1",
             site,
         )
