@@ -6,6 +6,7 @@ not get past the handshake, and revocation is looked up again at every request.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import logging
@@ -17,7 +18,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,7 @@ from fedmed.trust.certificates import fingerprint_of
 from fedmed.trust.statements import MOST
 
 _HANDSHAKE: Final = 10.0  # seconds
+_LINGER: Final = 2.0
 _IDLE: Final = 75.0  # seconds without a byte
 _MOST_CALLERS: Final = 512
 _MOST_OF_ONE: Final = 8  # connections of one site at once; its client needs two
@@ -121,7 +122,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         finally:
             self._callers.release()
 
-    @contextmanager
+    @contextlib.contextmanager
     def connection(self, fingerprint: str) -> Iterator[bool]:
         """Count a certificate's connection while it lasts; False if there are too many."""
         with self._lock:
@@ -158,6 +159,32 @@ def _context(certificate: Path, key: Path, admitted: tuple[str, ...]) -> ssl.SSL
     return context
 
 
+def _handshake(plain: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+    """TLS over a caller's connection; raises OSError and lets go of it if there is to be none."""
+    tls = context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+    tls.settimeout(_HANDSHAKE)
+    try:
+        tls.do_handshake()
+    except ssl.SSLError:
+        _hear_out(socket.socket(fileno=tls.detach()))
+        raise
+    except BaseException:
+        tls.close()
+        raise
+    return tls
+
+
+def _hear_out(caller: socket.socket) -> None:
+    """Close a connection whose caller was told why: closing on unread bytes would reset it, and
+    the caller would take the network to be at fault."""  # fmt: skip
+    until = time.monotonic() + _LINGER
+    with contextlib.suppress(OSError), caller:
+        caller.settimeout(_LINGER)
+        caller.shutdown(socket.SHUT_WR)
+        while time.monotonic() < until and caller.recv(PIECE):
+            pass
+
+
 class _Body:
     """A request's body, which ends where its length says."""
 
@@ -189,8 +216,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     _body: _Body
 
     def setup(self) -> None:
-        self.request.settimeout(_HANDSHAKE)
-        self.request = self.server.context().wrap_socket(self.request, server_side=True)
+        self.request = _handshake(self.request, self.server.context())
         self.request.settimeout(_IDLE)
         der = self.request.getpeercert(binary_form=True)
         self._body = _Body(None, 0)
