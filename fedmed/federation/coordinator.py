@@ -258,7 +258,7 @@ class Coordinator:
                 max_norm=self._plan.max_update_norm,
             )
         except FedmedError as error:
-            return Failure(slot.name, "update-rejected", str(error))
+            return Failure(slot.name, "update-rejected", _shown(str(error), 400))
         except Exception as error:  # whatever a site sends costs that site the round
             return Failure(slot.name, "update-rejected", type(error).__name__)
         return answer

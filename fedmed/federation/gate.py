@@ -10,25 +10,26 @@ from pathlib import Path
 from fedmed.errors import CheckpointError, PolicyRefused
 from fedmed.federation.files import write_atomic
 from fedmed.federation.study import StudyPlan, difference
-from fedmed.federation.validation import distance, squared_norm
+from fedmed.federation.validation import distance, fingerprint, squared_norm
 from fedmed.types import ClientUpdate, TrainTask
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Which runs a site has taken part in, and their last rounds; kept on its disk."""
+    """Which runs a site has taken part in, and their last tasks; kept on its disk."""
 
     path: Path
 
-    def last_rounds(self) -> dict[str, int]:
-        """Last round asked for, by run.
+    def last_tasks(self) -> dict[str, tuple[int, str]]:
+        """Round and fingerprint of the last task, by run.
 
         Raises:
             CheckpointError: the file is damaged: nothing may be trained twice by mistake.
         """
         try:
             lines = self.path.read_text().splitlines()
-            return {run: int(round_) for run, round_ in (line.split() for line in lines)}
+            found = (line.split() for line in lines)
+            return {run: (int(round_), task) for run, round_, task in found}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -36,10 +37,10 @@ class Progress:
                 f"{self.path} cannot be read", "restore it from a backup; see docs/hospital.md"
             ) from error
 
-    def note(self, run: str, round_: int) -> None:
+    def note(self, run: str, round_: int, task: str) -> None:
         """Remember that a round was begun; durable before this returns."""
-        rounds = {**self.last_rounds(), run: round_}
-        text = "".join(f"{r} {n}\n" for r, n in sorted(rounds.items()))
+        tasks = {**self.last_tasks(), run: (round_, task)}
+        text = "".join(f"{r} {n} {t}\n" for r, (n, t) in sorted(tasks.items()))
         write_atomic(self.path, text.encode(), mode=0o600)
 
 
@@ -85,22 +86,30 @@ class Gate:
                 f"the hospital releases no {', '.join(withheld)}",
                 "take it out of the plan, or have the hospital's policy name it",
             )
-        rounds = self._progress.last_rounds()
-        if task.run_id not in rounds and len(rounds) >= self._plan.runs:
+        tasks = self._progress.last_tasks()
+        if task.run_id not in tasks and len(tasks) >= self._plan.runs:
             raise PolicyRefused(
                 "too-many-runs",
                 f"the plan allows {self._plan.runs} runs and they were begun",
                 "have a plan with more runs approved",
             )
-        last = rounds.get(task.run_id, 0)
+        last, known = tasks.get(task.run_id, (0, ""))
         if task.round < last:
             raise PolicyRefused(
                 "stale-round",
                 f"round {task.round} is asked for after round {last}",
                 "a round that is over is not trained again",
             )
+        asked = fingerprint(task)
+        if task.round == last and asked != known:
+            # Otherwise one round could ask the images as many questions as the sender likes.
+            raise PolicyRefused(
+                "round-repeated",
+                f"round {task.round} is asked for again with other weights",
+                "a round is trained on the weights that it was begun with",
+            )
         if task.round > last:
-            self._progress.note(task.run_id, task.round)
+            self._progress.note(task.run_id, task.round, asked)
 
     def leave(self, task: TrainTask, update: ClientUpdate) -> None:
         """Let an update out: the plan's names, shapes and dtypes, finite, within its norm.

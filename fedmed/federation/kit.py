@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from fedmed.federation.study import MOST_BYTES, StudyPlan, check_name, parse_pla
 from fedmed.trust import certificates
 
 _MOST_FACTS = 1 << 18
+_PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_DAMAGED = (KeyError, EOFError, ValueError, RuntimeError)  # what zipfile raises besides its own
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def read_kit(path: Path) -> tuple[Kit, StudyPlan]:
             plan = parse_plan(_member(archive, "plan.json", MOST_BYTES))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "give the kit's file") from error
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, *_DAMAGED) as error:
         raise ConfigError(f"{path} is no start-up kit", "ask for it again") from error
     if plan.sha256() != kit.plan or plan.study != kit.study:
         raise ConfigError(f"{path}: the plan is not the one that the kit names", "ask for it again")
@@ -87,6 +90,8 @@ def read_kit(path: Path) -> tuple[Kit, StudyPlan]:
 
 def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
     """A member's bytes; what it claims to unpack to is not believed."""
+    if archive.getinfo(name).compress_type not in _PACKINGS:
+        raise zipfile.BadZipFile(f"{name} is packed by another method")
     with archive.open(name) as file:
         content = file.read(most + 1)
     if len(content) > most:

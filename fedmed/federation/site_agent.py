@@ -9,8 +9,8 @@ from typing import Protocol
 from fedmed.errors import FedmedError, PolicyRefused
 from fedmed.federation.accounts import Accounts
 from fedmed.federation.policy import SitePolicy, public_size
-from fedmed.federation.site_state import SiteState, fingerprint
-from fedmed.federation.validation import distance, squared_norm
+from fedmed.federation.site_state import SiteState
+from fedmed.federation.validation import distance, fingerprint, squared_norm
 from fedmed.privacy.engine import DPEngine, Engine, PlainEngine
 from fedmed.training.trainer import FitResult, Trainer, derived_seed
 from fedmed.types import ClientUpdate, DPSpec, PackedArrays, PrivacyUnit, Scalar, TrainTask
@@ -130,6 +130,7 @@ class SiteAgent:
             raise
 
     def _train(self, task: TrainTask) -> ClientUpdate:
+        _check_finite(task.arrays)
         self._gate.enter(task)
         state = self.state(task.run_id)
         stored = state.stored(task)
@@ -140,7 +141,6 @@ class SiteAgent:
         size = self.declared_size(unit)
         spec = self._policy.admit(task, size)
         self.accounts.check_plan(task, spec)
-        _check_finite(task.arrays)
         cohort = self._trainer.cohort(PrivacyUnit.PATIENT)  # the engine makes image units itself
         if spec is None and cohort.units == 0:
             # with DP an empty cohort answers with noise: whether anybody is left stays private

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed.codec import encode
 from fedmed.errors import UpdateRejected
-from fedmed.types import ClientUpdate, PackedArrays
+from fedmed.types import ClientUpdate, PackedArrays, TrainTask
 
 _PIECE = 1 << 18  # elements: their sum of squares is exact enough in float32
 LARGEST_NORM = 1e18
@@ -19,7 +21,8 @@ def squared_norm(values: NDArray[np.generic]) -> float:
     """Sum of squares, in one pass where float32 does not overflow."""
     if values.dtype.kind != "f":
         return 0.0
-    total = float(np.dot(values, values))
+    with np.errstate(over="ignore", invalid="ignore"):  # float32 overflows far below its largest
+        total = float(np.dot(values, values))
     if math.isfinite(total):
         return total
     wide = values.astype(np.float64)
@@ -80,3 +83,9 @@ def _squared_distance(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
         squared_norm(np.subtract(a[i : i + _PIECE], b[i : i + _PIECE], dtype=a.dtype))
         for i in range(0, len(a), _PIECE)
     )
+
+
+def fingerprint(task: TrainTask) -> str:
+    """Hash of a task and its weights: what makes two requests the same request."""
+    text = encode(task, skip=frozenset({"arrays"}))
+    return hashlib.sha256((text + task.arrays.sha256()).encode()).hexdigest()

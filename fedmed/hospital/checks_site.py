@@ -159,7 +159,8 @@ class Site(Parts):
     @Part
     def progress(self) -> dict[str, int]:
         """Last round asked for, by run."""
-        return Progress(self.state / "progress").last_rounds()
+        tasks = Progress(self.state / "progress").last_tasks()
+        return {run: round_ for run, (round_, _) in tasks.items()}
 
     @Part
     def ledger(self) -> Ledger | None:

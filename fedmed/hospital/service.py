@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 from fedmed.audit.log import AuditLog, open_soon
-from fedmed.errors import AuditError, FedmedError, LinkRefused, TrustError, Unreachable
+from fedmed.errors import (
+    AuditError,
+    FedmedError,
+    LinkError,
+    LinkRefused,
+    TrustError,
+    Unreachable,
+)
 from fedmed.federation.link.client import SiteLink
 from fedmed.federation.link.exchange import Exchange
 from fedmed.federation.link.store import PAUSED
@@ -104,7 +111,7 @@ class SiteService:
                 self._wait = _FIRST_WAIT
             except Unreachable as error:
                 self._pause_after(error, "offline")
-            except (LinkRefused, TrustError) as error:
+            except (LinkError, TrustError) as error:
                 audit.append("link-refused", reason=str(error))
                 self._pause_after(error, "refused")
             except (LocalFault, AuditError, OSError) as error:

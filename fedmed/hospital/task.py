@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fedmed.audit.log import AuditLog
-from fedmed.errors import FedmedError, PolicyRefused, TrustError, UpdateRejected
+from fedmed.errors import (
+    ConfigError,
+    FedmedError,
+    PolicyRefused,
+    TrustError,
+    UpdateRejected,
+)
 from fedmed.federation.link.payload import Payload, check_payload
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.trust import certificates
@@ -22,6 +28,7 @@ if TYPE_CHECKING:  # Flower and PyTorch, which a check does not wait for
 SKEW: Final = 600
 """Seconds by which clocks may differ."""
 _SLACK: Final = 1 << 20  # bytes a task's file may have beyond the plan's arrays
+_TELLS: Final = 200  # characters
 _PASSING: Final = frozenset({"AuditError", "CheckpointError", "LedgerError", "OSError"})
 
 
@@ -77,13 +84,10 @@ class Work:
             LocalFault: disk or books failed; nothing is answered yet.
         """
         out = self.folder.state / "outbox" / str(self.task.round)
-        refused = self.refused
+        refused = self.refused or self._fault(exchange)
         if refused is None:
-            try:
-                payload, code = exchange.answer(self.path, out)
-            except UpdateRejected as error:
-                refused = PolicyRefused("malformed-task", str(error), "send it anew")
-        if refused is not None:
+            payload, code = exchange.answer(self.path, out)
+        else:
             payload, code = exchange.refuse(self._refusal(refused), out), refused.code
         if code in _PASSING:
             raise LocalFault(
@@ -97,6 +101,20 @@ class Work:
         for name in ("inbox", "outbox"):
             for path in (self.folder.state / name).glob("*"):
                 path.unlink(missing_ok=True)
+
+    def _fault(self, exchange: Exchange) -> PolicyRefused | None:
+        """What is wrong with the payload before anybody acts on it, or None."""
+        try:
+            asked = exchange.read(self.path)
+        except (ConfigError, UpdateRejected) as error:
+            # its words may be the sender's
+            shown = "".join(c if c.isprintable() else " " for c in error.problem[:_TELLS])
+            return PolicyRefused("malformed-task", shown, "send it anew")
+        if (asked.run_id, asked.round) != (self.task.run, self.task.round):
+            return PolicyRefused(
+                "statement-differs", "the task is of another run or round than its statement says"
+            )
+        return None
 
     def _refusal(self, error: PolicyRefused) -> Refusal:
         self.audit.append(

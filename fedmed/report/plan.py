@@ -8,7 +8,10 @@ from fedmed.federation.study import StudyPlan
 
 
 def plan_lines(plan: StudyPlan) -> list[str]:
-    """What the study does at a hospital and what leaves it, a line each."""
+    """What the study does at a hospital and what leaves it, a line each.
+
+    The plan's own texts cannot move the cursor or begin a line.
+    """
     size = " x ".join(map(str, plan.task.image_size))
     steps = plan.trainer.local_steps
     lines = [
@@ -28,7 +31,7 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     ]
     if plan.personal:
         lines.append(f"stays      weights whose name contains {', '.join(plan.personal)}")
-    return lines
+    return ["".join(c if c.isprintable() else " " for c in line) for line in lines]
 
 
 def _count(plan: StudyPlan) -> int:

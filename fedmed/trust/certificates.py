@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -68,8 +68,10 @@ def load(pem: bytes) -> x509.Certificate:
         TrustError: it is no certificate.
     """
     try:
-        return x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
+        certificate = x509.load_pem_x509_certificate(pem)
+        _ = certificate.public_key(), certificate.subject, certificate.issuer  # parsed only now
+        return certificate
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
         raise TrustError("not a certificate in PEM form", "give the .crt file") from error
 
 
@@ -137,7 +139,7 @@ def days_left(certificate: x509.Certificate) -> float:
 def _check_issued(certificate: x509.Certificate, issuer: x509.Certificate, whose: str) -> None:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (InvalidSignature, ValueError, TypeError) as error:
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError) as error:
         raise TrustError(
             f"the {whose}'s certificate is not signed by the study's authority"
             if certificate is not issuer

@@ -17,6 +17,8 @@ from fedmed.trust.keys import SigningKey, VerifyKey
 MOST = 1 << 18
 """Bytes of the largest signed statement."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[0-9A-Za-z_-]{1,64}")
+_LARGEST = 1 << 53  # what every reader of JSON holds exactly; seconds, bytes and rounds stay below
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class TaskStatement:
 
     def __post_init__(self) -> None:
         _check_hashes(self.plan, self.payload, self.log_head)
-        if self.size < 0:
-            raise ConfigError("expected size >= 0")
+        _check_names(self.study, self.run, self.site)
+        _check_counts(self.round, self.size, self.issued, self.expires, self.log_seq)
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class AnswerStatement:
 
     def __post_init__(self) -> None:
         _check_hashes(self.plan, self.task, self.payload, self.log_head, self.own_head)
-        if self.size < 0:
-            raise ConfigError("expected size >= 0")
+        _check_names(self.study, self.run, self.site, self.code or "none")
+        _check_counts(self.round, self.size, self.issued, self.log_seq, self.own_seq)
 
 
 Statement = TypeVar("Statement", TaskStatement, AnswerStatement)
@@ -136,3 +138,14 @@ def _parts(kind: type[Statement], sealed: bytes) -> tuple[Statement, _Sealed]:
 def _check_hashes(*values: str) -> None:
     if not all(_SHA256.fullmatch(v) for v in values):
         raise ConfigError("a hash is not 64 hexadecimal digits")
+
+
+def _check_names(*values: str) -> None:
+    """Names and reason codes go into logs and onto screens: nothing else may be in them."""
+    if not all(_NAME.fullmatch(v) for v in values):
+        raise ConfigError("a name is not 1 to 64 letters, digits, _ or -")
+
+
+def _check_counts(*values: int) -> None:
+    if not all(0 <= v < _LARGEST for v in values):
+        raise ConfigError(f"a number is not in [0, {_LARGEST})")

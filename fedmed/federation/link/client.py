@@ -214,9 +214,8 @@ class SiteLink:
         self.date = response.getheader("Date", "")
         if response.status in (200, 204, 206):
             return response
-        text = self._read(response, 4 * _TELLS).decode(errors="replace")[:_TELLS]
+        shown = _shown(self._read(response, 4 * _TELLS).decode(errors="replace"))
         self.close()
-        shown = "".join(c if c.isprintable() else " " for c in text)
         if 300 <= response.status < 400:
             raise TrustError(
                 f"the coordinator's address answers with a redirect ({response.status})",
@@ -329,6 +328,11 @@ def _pieces(head: bytes, payload: Path | None) -> Iterator[bytes]:
                 yield piece
 
 
+def _shown(text: str) -> str:
+    """The other end's words, made safe to print and to keep."""
+    return "".join(c if c.isprintable() else " " for c in text[:_TELLS])
+
+
 def _translated(error: Exception, address: Address) -> LinkError | TrustError:
     where = f"{address.host}:{address.port}"
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -347,4 +351,6 @@ def _translated(error: Exception, address: Address) -> LinkError | TrustError:
             f"the name {address.host!r} cannot be resolved", "check DNS or the proxy"
         )
     what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return Unreachable(f"{where} cannot be reached ({what})", "check network, firewall and proxy")
+    return Unreachable(
+        f"{where} cannot be reached ({_shown(what)})", "check network, firewall and proxy"
+    )

@@ -17,6 +17,7 @@ from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, unseal
 
 _LONGEST_POLL: Final = 25.0
+_MOST_KEYS: Final = 4  # certificates of one site in force at once
 _SLACK: Final = 1 << 20  # bytes an answer's file may have beyond its arrays
 
 
@@ -109,16 +110,23 @@ class Desk:
             raise LinkRefused(413, "the answer is larger than the plan allows, or than it says")
         if row.answer is not None:
             return False
-        open_ = self._store.open_task(site)
-        if open_ is None or open_.id != row.id:
-            raise LinkRefused(410, f"round {row.round} is over", "ask for the next task")
+        self._check_open(row)
         self._keep(statement, body, self._spool(row.run))
+        row = self._store.task(row.id) or row
+        if row.answer is not None:
+            return False
+        self._check_open(row)  # an answer is long on its way: the site may be shut out by now
         self._on_answer(statement)  # first: what cannot be written down is not acknowledged
         new = self._store.answer(row.id, sealed)
         if new:
             counts = {"refusals": 1} if statement.code else {"updates": 1}
             self._store.count(site, received=length, **counts)
         return new
+
+    def _check_open(self, row: TaskRow) -> None:
+        open_ = self._store.open_task(row.site)
+        if open_ is None or open_.id != row.id:
+            raise LinkRefused(410, f"round {row.round} is over", "ask for the next task")
 
     def _signed(self, site: str, sealed: bytes) -> AnswerStatement:
         for pem in self._store.certificates(site):
@@ -161,12 +169,16 @@ class Desk:
         """Enrol a new certificate of a site that came with its present one.
 
         Raises:
-            LinkRefused: it is no certificate of that site.
+            LinkRefused: it is no certificate of that site, or one too many.
         """
+        if len(self._store.certificates(site)) > _MOST_KEYS:
+            raise LinkRefused(429, "keys of this site were replaced too often", "wait ten minutes")
         try:
             certificate = certificates.load(pem)
             key = certificates.check_site(certificate, site)
-            self._store.admit(site, certificates.fingerprint(certificate), pem.decode())
+            # written anew: what came around it would be read at every handshake
+            text = certificates.pem(certificate).decode()
+            self._store.admit(site, certificates.fingerprint(certificate), text)
         except FedmedError as error:
             raise LinkRefused(422, str(error)) from error
         self._on_key(site, key.fingerprint())

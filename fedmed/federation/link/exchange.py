@@ -11,9 +11,9 @@ from fedmed.errors import FedmedError, UpdateRejected
 from fedmed.federation.client_app import make_client_app
 from fedmed.federation.flower import RUN_ID, context_of, identify
 from fedmed.federation.link.payload import Payload, read_payload, write_payload
-from fedmed.federation.messages import refusal_of, refuse
+from fedmed.federation.messages import read_task, refusal_of, refuse
 from fedmed.federation.site_agent import SiteAgent
-from fedmed.types import Refusal
+from fedmed.types import Refusal, TrainTask
 
 _NODE: Final = 2
 
@@ -29,6 +29,14 @@ class Exchange:
         identify()
         self._site = agent.name
         self._app = make_client_app(lambda _: agent)
+
+    def read(self, request: Path) -> TrainTask:
+        """The task that a request asks for; its arrays are views of the file.
+
+        Raises:
+            ConfigError, UpdateRejected: the request is malformed.
+        """
+        return read_task(Message(read_payload(request), _NODE, "train"))
 
     def answer(self, request: Path, reply: Path) -> tuple[Payload, str]:
         """Answer a request.

@@ -23,7 +23,7 @@ from fedmed.errors import FedmedError, RunStopped
 from fedmed.federation.flower import RUN_ID, identify
 from fedmed.federation.link.payload import Payload, read_payload, write_payload
 from fedmed.federation.link.store import PAUSED, RunState, SiteState, Store, TaskRow
-from fedmed.federation.messages import round_of
+from fedmed.federation.messages import is_refusal, round_of
 from fedmed.trust.keys import SigningKey
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, seal
 
@@ -216,6 +216,8 @@ class LinkGrid(Grid):
             content = read_payload(self._spool / statement.payload)
         except FedmedError:
             content = RecordDict()  # the coordinator's checks will name what is missing
+        if is_refusal(content) != bool(statement.code):
+            content = RecordDict()  # the log has the statement's word, and it must be true
         reply = Message(content, reply_to=message)
         reply.metadata.__dict__["_message_id"] = row.id
         return reply

@@ -6,6 +6,7 @@ not get past the handshake, and revocation is looked up again at every request.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import logging
@@ -15,7 +16,8 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Final
@@ -29,8 +31,11 @@ from fedmed.trust.certificates import fingerprint_of
 from fedmed.trust.statements import MOST
 
 _HANDSHAKE: Final = 10.0  # seconds
+_LINGER: Final = 2.0
 _IDLE: Final = 75.0  # seconds without a byte
 _MOST_CALLERS: Final = 512
+_MOST_OF_ONE: Final = 8  # connections of one site at once; its client needs two
+_LONGEST_WAIT: Final = 3600.0
 _DRAIN: Final = (1 << 26, 5.0)  # bytes and seconds of a refused request that are still read
 _log = logging.getLogger(__name__)
 
@@ -82,6 +87,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._certificate, self._key = certificate, key
         self._context: tuple[tuple[str, ...], ssl.SSLContext] | None = None
         self._callers = threading.BoundedSemaphore(_MOST_CALLERS)
+        self._connections: Counter[str] = Counter()
         self._lock = threading.Lock()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.address_family = family
@@ -116,6 +122,20 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         finally:
             self._callers.release()
 
+    @contextlib.contextmanager
+    def connection(self, fingerprint: str) -> Iterator[bool]:
+        """Count a certificate's connection while it lasts; False if there are too many."""
+        with self._lock:
+            self._connections[fingerprint] += 1
+            fits = self._connections[fingerprint] <= _MOST_OF_ONE
+        try:
+            yield fits
+        finally:
+            with self._lock:
+                self._connections[fingerprint] -= 1
+                if not self._connections[fingerprint]:
+                    del self._connections[fingerprint]
+
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         # callers that hang up are no news; nothing of what they sent is repeated
         _log.debug("a caller's connection ended badly", exc_info=True)
@@ -137,6 +157,32 @@ def _context(certificate: Path, key: Path, admitted: tuple[str, ...]) -> ssl.SSL
     if admitted:
         context.load_verify_locations(cadata="\n".join(admitted))
     return context
+
+
+def _handshake(plain: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+    """TLS over a caller's connection; raises OSError and lets go of it if there is to be none."""
+    tls = context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+    tls.settimeout(_HANDSHAKE)
+    try:
+        tls.do_handshake()
+    except ssl.SSLError:
+        _hear_out(socket.socket(fileno=tls.detach()))
+        raise
+    except BaseException:
+        tls.close()
+        raise
+    return tls
+
+
+def _hear_out(caller: socket.socket) -> None:
+    """Close a connection whose caller was told why: closing on unread bytes would reset it, and
+    the caller would take the network to be at fault."""  # fmt: skip
+    until = time.monotonic() + _LINGER
+    with contextlib.suppress(OSError), caller:
+        caller.settimeout(_LINGER)
+        caller.shutdown(socket.SHUT_WR)
+        while time.monotonic() < until and caller.recv(PIECE):
+            pass
 
 
 class _Body:
@@ -170,8 +216,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     _body: _Body
 
     def setup(self) -> None:
-        self.request.settimeout(_HANDSHAKE)
-        self.request = self.server.context().wrap_socket(self.request, server_side=True)
+        self.request = _handshake(self.request, self.server.context())
         self.request.settimeout(_IDLE)
         der = self.request.getpeercert(binary_form=True)
         self._body = _Body(None, 0)
@@ -181,6 +226,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         super().finish()
         self.request.close()  # the wrapped socket: the plain one was detached
+
+    def handle(self) -> None:
+        with self.server.connection(self._fingerprint) as fits:
+            if fits:  # one site's connections leave room for the others'
+                super().handle()
 
     def do_GET(self) -> None:
         self._answer(self._get)
@@ -227,6 +277,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             phase, wait = hello.get("phase"), hello.get("wait")
             if not isinstance(phase, str) or not isinstance(wait, int | float):
                 raise LinkRefused(400, "expected phase and wait")
+            if not 0 <= wait <= _LONGEST_WAIT:  # NaN would be waited for in a busy loop
+                raise LinkRefused(400, f"expected wait in [0, {_LONGEST_WAIT:g}]")
             sealed = self.server.desk.task_for(
                 site, _printable(phase), float(wait), self.server.closing
             )
@@ -301,7 +353,7 @@ def _range(text: str | None, size: int) -> int:
     if text is None:
         return 0
     first = text.removeprefix("bytes=").removesuffix("-")
-    if not first.isdigit() or len(first) > 15 or int(first) >= size:
+    if not (first.isascii() and first.isdigit()) or len(first) > 15 or int(first) >= size:
         raise LinkRefused(416, "the range does not fit")
     return int(first)
 

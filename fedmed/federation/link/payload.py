@@ -137,7 +137,8 @@ def _arrays(path: Path, header: Mapping[str, Any], start: int) -> ArrayRecord:
     """Views of the file's buffers, which must lie end to end and fill it."""
     record = ArrayRecord()
     expected = 0
-    size = path.stat().st_size - start
+    content = _mapped(path, start)
+    size = len(content)
     for key, value in header.items():
         try:
             entry: _Entry = build(_Entry, value, "tensor")
@@ -149,14 +150,16 @@ def _arrays(path: Path, header: Mapping[str, Any], start: int) -> ArrayRecord:
             raise UpdateRejected("the payload's buffers are of unknown type or do not fit")
         if end - first != math.prod(entry.shape) * dtype.itemsize or entry.shape[0] < 0:
             raise UpdateRejected("a buffer of the payload is shorter or longer than it says")
-        record[key] = ViewArray(_view(path, dtype, start + first, entry.shape[0]))
+        record[key] = ViewArray(content[first:end].view(dtype))
         expected = end
     if expected != size:
         raise UpdateRejected("the payload is longer than its buffers")
     return record
 
 
-def _view(path: Path, dtype: np.dtype[Any], offset: int, length: int) -> NDArray[Any]:
-    if length == 0:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, "r", offset, (length,))
+def _mapped(path: Path, start: int) -> NDArray[np.uint8]:
+    """The file from ``start`` on, mapped once: a map costs a file handle, and a sender chooses
+    how many buffers there are."""  # fmt: skip
+    if path.stat().st_size <= start:
+        return np.empty(0, np.uint8)
+    return np.memmap(path, np.uint8, "r", start)

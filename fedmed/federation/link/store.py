@@ -386,7 +386,7 @@ class Store:
             db.execute("DELETE FROM tasks WHERE id = ? AND answer IS NULL", (identifier,))
 
     def open_task(self, site: str) -> TaskRow | None:
-        """The newest task that waits for a site's answer, of a run that goes on."""
+        """The newest task that waits for an enrolled site's answer, of a run that goes on."""
         found = self._rows(
             TaskRow,
             "SELECT tasks.* FROM tasks JOIN runs USING (run) JOIN sites ON sites.name = site "
