@@ -80,6 +80,7 @@ class SiteLink:
         self._rate = bytes_per_second
         self._tap = tap
         self._connection: http.client.HTTPSConnection | None = None
+        self._response: http.client.HTTPResponse | None = None
         self.written = 0
         self.date = ""
 
@@ -177,6 +178,9 @@ class SiteLink:
     def close(self) -> None:
         """Hang up; the next request connects again."""
         connection, self._connection = self._connection, None
+        response, self._response = self._response, None
+        if response is not None:
+            response.close()  # it keeps the socket of a connection that its server has ended
         if connection is not None:
             connection.close()
 
@@ -201,16 +205,13 @@ class SiteLink:
         try:
             response = self._send_once(method, path, headers, body)
         except (OSError, http.client.HTTPException) as error:
-            cause = self._last_word(error)
-            self.close()
             if not kept or isinstance(error, ssl.SSLCertVerificationError):
-                raise _translated(cause, self._address) from error
+                raise self._failed(error) from error
+            self.close()
             try:
                 response = self._send_once(method, path, headers, body)
             except (OSError, http.client.HTTPException) as again:
-                cause = self._last_word(again)
-                self.close()
-                raise _translated(cause, self._address) from again
+                raise self._failed(again) from again
         self.date = response.getheader("Date", "")
         if response.status in (200, 204, 206):
             return response
@@ -243,7 +244,14 @@ class SiteLink:
             sent += len(piece)
             if self._rate is not None:
                 time.sleep(max(0.0, sent / self._rate - (time.monotonic() - begun)))
-        return connection.getresponse()
+        self._response = connection.getresponse()
+        return self._response
+
+    def _failed(self, error: Exception) -> LinkError | TrustError:
+        """Hang up, and say why. (A name for what is raised would tie the socket into a cycle.)"""
+        failure = _translated(self._last_word(error), self._address)
+        self.close()
+        return failure
 
     def _last_word(self, error: Exception) -> Exception:
         """Why the other end hung up, if it said so.
