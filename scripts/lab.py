@@ -21,7 +21,6 @@ from pathlib import Path
 
 PORT = 8443
 COORDINATOR = "coordinator"
-_BRIDGE = "fedmed-br"
 
 
 def can_isolate() -> bool:
@@ -36,36 +35,41 @@ def can_isolate() -> bool:
 
 
 class Network:
-    """A bridge, and a namespace a party: ``10.77.0.1`` is the coordinator's."""
+    """A bridge, and a namespace a party: ``10.77.0.1`` is the coordinator's.
 
-    def __init__(self, parties: Sequence[str]) -> None:
+    Args:
+        number: of the network; laboratories with different ones can be open at once.
+    """
+
+    def __init__(self, parties: Sequence[str], number: int = 77) -> None:
         self.parties = tuple(parties)
+        self.number = number
         self.isolated = can_isolate()
 
     def address(self, party: str) -> str:
         """The party's address."""
         if not self.isolated:
             return "127.0.0.1"
-        return f"10.77.0.{self.parties.index(party) + 1}"
+        return f"10.{self.number}.0.{self.parties.index(party) + 1}"
 
     def namespace(self, party: str) -> str:
         """The party's network namespace."""
-        return f"fedmed-{party}"
+        return f"fedmed-{self.number}-{party}"
 
     def __enter__(self) -> Network:
         if self.isolated:
             self._remove()
-            _ip("link", "add", _BRIDGE, "type", "bridge")
-            _ip("link", "set", _BRIDGE, "up")
-            for number, party in enumerate(self.parties):
+            _ip("link", "add", self._bridge, "type", "bridge")
+            _ip("link", "set", self._bridge, "up")
+            for party in self.parties:
                 namespace = self.namespace(party)
                 outside = self._cable(party)
                 _ip("netns", "add", namespace)
                 _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns",
                     namespace)  # fmt: skip
-                _ip("link", "set", outside, "master", _BRIDGE, "up")
+                _ip("link", "set", outside, "master", self._bridge, "up")
                 inside = ("-n", namespace)
-                _ip(*inside, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "eth0")
+                _ip(*inside, "addr", "add", f"{self.address(party)}/24", "dev", "eth0")
                 _ip(*inside, "link", "set", "eth0", "up")
                 _ip(*inside, "link", "set", "lo", "up")
         return self
@@ -87,14 +91,18 @@ class Network:
         return ["ip", "netns", "exec", self.namespace(party)] if self.isolated else []
 
     def _cable(self, party: str) -> str:
-        return f"fm{self.parties.index(party)}"
+        return f"fm{self.number}-{self.parties.index(party)}"
+
+    @property
+    def _bridge(self) -> str:
+        return f"fm{self.number}-br"
 
     def _remove(self) -> None:
         for party in self.parties:
             for command in (["netns", "delete", self.namespace(party)],
                             ["link", "delete", self._cable(party)]):  # fmt: skip
                 subprocess.run(["ip", *command], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "delete", _BRIDGE], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "delete", self._bridge], capture_output=True, check=False)
 
 
 def _ip(*words: str) -> None:

@@ -332,6 +332,7 @@ def main() -> None:
     parser.add_argument("--full", type=float, default=5.0, help="seconds (5)")
     parser.add_argument("--patience", type=float, default=900.0, help="seconds a run may take")
     parser.add_argument("--dp", action="store_true", help="with privacy: check the ledgers")
+    parser.add_argument("--network", type=int, default=77, help="10.N.0.0/24 (77)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -344,7 +345,7 @@ def main() -> None:
     results = []
     with (
         tempfile.TemporaryDirectory(prefix="fedmed-faults-") as folder,
-        Network((COORDINATOR, *SITES)) as network,
+        Network((COORDINATOR, *SITES), arguments.network) as network,
     ):
         if not network.isolated:
             sys.exit("error: network namespaces cannot be made; run as root with iproute2")
@@ -372,7 +373,7 @@ def main() -> None:
             finally:
                 trial.stop()
                 for log in lab.folder.glob("*.log"):
-                    shutil.copy(log, f"/tmp/fedmed-faults-{log.name}")
+                    shutil.copy(log, f"/tmp/fedmed-faults-{arguments.network}-{log.name}")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
     if any(r.right != r.runs for r in results):
