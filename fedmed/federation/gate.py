@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmed.errors import CheckpointError, PolicyRefused
 from fedmed.federation.files import write_atomic
 from fedmed.federation.study import StudyPlan, difference
 from fedmed.federation.validation import distance, fingerprint, squared_norm
-from fedmed.types import ClientUpdate, TrainTask
+from fedmed.types import ClientUpdate, DPSpec, TrainTask
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class Gate:
             self._progress.note(task.run_id, task.round, asked)
 
     def leave(self, task: TrainTask, update: ClientUpdate) -> None:
-        """Let an update out: the plan's names, shapes and dtypes, finite, within its norm.
+        """Let an update out: the plan's names, shapes and dtypes, finite, within its norm, and
+        said to be what was asked and made as planned.
 
         Raises:
             PolicyRefused: something else would leave.
@@ -135,7 +136,23 @@ class Gate:
                 f"{self._plan.max_update_norm:g}",
                 "lower optimizer.lr, or have another bound approved",
             )
-        if (update.released is None) != (self._plan.dp is None):
+        if (update.run_id, update.round) != (task.run_id, task.round):
+            raise PolicyRefused("egress-facts", "the update says that it is of another round")
+        if not self._made_as_planned(update.released):
             raise PolicyRefused(
                 "egress-mechanism", "the update was not made by the plan's mechanism"
             )
+
+    def _made_as_planned(self, released: DPSpec | None) -> bool:
+        """Noise, sampling rate and delta are the site's; the rest is the plan's, word for word."""
+        dp = self._plan.dp
+        if dp is None or released is None:
+            return dp is None and released is None
+        return released == replace(
+            released,
+            unit=dp.unit,
+            max_grad_norm=dp.max_grad_norm,
+            max_images_per_unit=dp.max_images_per_unit,
+            gradients=dp.gradients,
+            steps=self._plan.trainer.local_steps,
+        )

@@ -62,8 +62,8 @@ class Attacker:
         self.run = self.plan.new_run()
         self.arrays = folder.initial()
         self._audit = AuditLog(site.audit_path)
-        agent = open_agent(site, self._audit)
-        self._exchange = Exchange(agent)
+        self.agent = open_agent(site, self._audit)
+        self._exchange = Exchange(self.agent)
         signed = self.statement()
         self._work = Work(site, self._audit, signed, seal(signed, folder.signing_key), None)
 

@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import json
+import os
 import random
 import socket
 import ssl
@@ -42,7 +43,17 @@ from fedmed.federation.strategies import make_strategy
 from fedmed.hospital.folder import make_identity
 from fedmed.trust.keys import SigningKey
 from fedmed.trust.statements import seal
-from fedmed.types import ClientUpdate, PackedArrays, TensorEntry, TrainTask
+from fedmed.types import (
+    ClientUpdate,
+    ModelSpec,
+    OptimizerSpec,
+    PackedArrays,
+    TaskKind,
+    TaskSpec,
+    TensorEntry,
+    TrainerSpec,
+    TrainTask,
+)
 
 PARAMS, COUNTS = "parameters.float32", "buffers.int64"
 TABLE = (
@@ -515,7 +526,9 @@ def flipped(content: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-def test_any_flipped_bit_of_an_answer_is_refused(served: Served) -> None:
+def test_any_flipped_bit_of_an_answer_is_refused(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the desk itself, a thousand times; the threads and the memory do not grow."""
     evil, a = served.site("evil"), served.site("honest-a")
     for site in (evil, a):
@@ -531,6 +544,7 @@ def test_any_flipped_bit_of_an_answer_is_refused(served: Served) -> None:
         on_answer=lambda _: None, on_rejected=lambda *r: refusals.append(r[1]),
         on_key=lambda *_: None,
     )  # fmt: skip
+    monkeypatch.setattr(store, "count", lambda *_, **__: None)  # each would wait for the disk
     draw = random.Random(3)
     threads, memory = threading.active_count(), resident()
     for i in range(1000):
@@ -580,9 +594,12 @@ class Flood(Grid):
         return (self._answer(message) for message in sent)
 
 
-def test_damaged_payloads_are_refused_or_bounded(tmp_path: Path) -> None:
+def test_damaged_payloads_are_refused_or_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A site may sign what it likes: its bytes are read, judged, and move no weight too far."""
     task = TrainTask.__new__(TrainTask)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     numbers = itertools.count()
     draw = random.Random(4)
     unreadable = 0
@@ -623,8 +640,6 @@ def test_damaged_payloads_are_refused_or_bounded(tmp_path: Path) -> None:
 
 
 def honest_task() -> TrainTask:
-    from fedmed.types import ModelSpec, OptimizerSpec, TaskKind, TaskSpec, TrainerSpec
-
     return TrainTask(
         "run", 1, 1, TaskSpec(TaskKind.BINARY, ("no", "yes"), 2, 1, (8, 8)),
         ModelSpec("resnet"), "bce", OptimizerSpec("sgd", 0.1), TrainerSpec(1, 1, 1), None, zeros(),
