@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -23,6 +23,10 @@ from fedmed.trust.keys import SigningKey, VerifyKey
 _BACKDATED = timedelta(days=1)  # clocks differ
 AUTHORITY_DAYS = 3650
 DAYS = 825
+_MALFORMED = (
+    ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)  # fmt: skip
 
 
 def authority(study: str, key: SigningKey) -> x509.Certificate:
@@ -68,9 +72,12 @@ def load(pem: bytes) -> x509.Certificate:
         TrustError: it is no certificate.
     """
     try:
-        return x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
+        found = x509.load_pem_x509_certificate(pem)
+        # read at first use: what is malformed is to show here, not wherever that may be
+        _ = found.subject, found.issuer, found.extensions, found.public_key()
+    except _MALFORMED as error:
         raise TrustError("not a certificate in PEM form", "give the .crt file") from error
+    return found
 
 
 def pem(certificate: x509.Certificate) -> bytes:
@@ -137,7 +144,7 @@ def days_left(certificate: x509.Certificate) -> float:
 def _check_issued(certificate: x509.Certificate, issuer: x509.Certificate, whose: str) -> None:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (InvalidSignature, ValueError, TypeError) as error:
+    except (InvalidSignature, *_MALFORMED) as error:
         raise TrustError(
             f"the {whose}'s certificate is not signed by the study's authority"
             if certificate is not issuer
