@@ -18,7 +18,8 @@ def squared_norm(values: NDArray[np.generic]) -> float:
     """Sum of squares, in one pass where float32 does not overflow."""
     if values.dtype.kind != "f":
         return 0.0
-    total = float(np.dot(values, values))
+    with np.errstate(over="ignore"):
+        total = float(np.dot(values, values))
     if math.isfinite(total):
         return total
     wide = values.astype(np.float64)
