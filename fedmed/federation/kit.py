@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,10 @@ from fedmed.federation.study import MOST_BYTES, StudyPlan, check_name, parse_pla
 from fedmed.trust import certificates
 
 _MOST_FACTS = 1 << 18
+_NO_ARCHIVE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, KeyError,
+    ValueError, RuntimeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,14 @@ def read_kit(path: Path) -> tuple[Kit, StudyPlan]:
         ConfigError: it is no kit, or its plan is not the one that it names.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            kit = decode(Kit, _member(archive, "kit.json", _MOST_FACTS).decode())
-            plan = parse_plan(_member(archive, "plan.json", MOST_BYTES))
+        file = path.open("rb")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "give the kit's file") from error
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, RuntimeError) as error:
+    try:
+        with file, zipfile.ZipFile(file) as archive:
+            kit = decode(Kit, _member(archive, "kit.json", _MOST_FACTS).decode())
+            plan = parse_plan(_member(archive, "plan.json", MOST_BYTES))
+    except _NO_ARCHIVE as error:
         raise ConfigError(f"{path} is no start-up kit", "ask for it again") from error
     if plan.sha256() != kit.plan or plan.study != kit.study:
         raise ConfigError(f"{path}: the plan is not the one that the kit names", "ask for it again")
