@@ -164,8 +164,8 @@ class Store:
                 (now + OVERLAP, site, fingerprint),
             )
             db.execute(
-                "INSERT OR IGNORE INTO certificates (fingerprint, site, pem, added) "
-                "VALUES (?, ?, ?, ?)",
+                "INSERT INTO certificates (fingerprint, site, pem, added) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (fingerprint) DO UPDATE SET until = NULL",
                 (fingerprint, site, pem, now),
             )
 
@@ -246,13 +246,7 @@ class Store:
             ConfigError: another one is not over yet.
         """
         with self._use() as db:
-            busy = db.execute(
-                "SELECT run FROM runs WHERE state IN ('asked', 'running', 'stopping')"
-            ).fetchone()
-            if busy is not None:
-                raise ConfigError(
-                    f"run {busy['run']} is not over yet", "wait for it, or stop it first"
-                )
+            _check_idle(db)
             db.execute(
                 "INSERT INTO runs (run, state, asked) VALUES (?, 'asked', ?)", (run, time.time())
             )
@@ -261,9 +255,10 @@ class Store:
         """Ask for a run that failed or was stopped to go on.
 
         Raises:
-            ConfigError: there is no such run, or it is not over.
+            ConfigError: there is no such run, or it or another one is not over.
         """
         with self._use() as db:
+            _check_idle(db, run)
             found = db.execute(
                 "UPDATE runs SET state = 'asked', ended = NULL WHERE run = ? "
                 "AND state IN ('failed', 'stopped')",
@@ -457,6 +452,15 @@ class Store:
                 "check that its folder is writable and has space; it is restored from a backup "
                 "if it is damaged",
             ) from error
+
+
+def _check_idle(db: sqlite3.Connection, besides: str = "") -> None:
+    busy = db.execute(
+        "SELECT run FROM runs WHERE state IN ('asked', 'running', 'stopping') AND run != ?",
+        (besides,),
+    ).fetchone()
+    if busy is not None:
+        raise ConfigError(f"run {busy['run']} is not over yet", "wait for it, or stop it first")
 
 
 OVERLAP: Final = 600.0
