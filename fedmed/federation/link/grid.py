@@ -196,8 +196,8 @@ class LinkGrid(Grid):
             id=identifier, run=statement.run, round=statement.round, site=site, statement=sealed,
             payload=payload.sha256, delivered=0, answer=None, answered=None,
         )  # fmt: skip
-        row = self._store.issue(new)
-        if row.id == identifier:
+        row = self._store.issue(new, lambda old: _stands(old, now))
+        if row is new:
             self._on_issue(statement)
         message.metadata.__dict__["_message_id"] = row.id
         self._asked[row.id] = message
@@ -224,6 +224,14 @@ class LinkGrid(Grid):
         reply = Message(content, reply_to=message)
         reply.metadata.__dict__["_message_id"] = row.id
         return reply
+
+
+def _stands(row: TaskRow, now: int) -> bool:
+    """Whether a task issued before a restart, or before a round failed, need not be issued anew.
+
+    Sites refuse one that has expired, however often it is handed out.
+    """
+    return row.answer is not None or peek(TaskStatement, row.statement).expires > now
 
 
 def _same(a: RecordDict, b: RecordDict) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -321,8 +321,13 @@ class Store:
 
     # ---- tasks
 
-    def issue(self, task: TaskRow) -> TaskRow:
+    def issue(
+        self, task: TaskRow, stands: Callable[[TaskRow], bool] = lambda _: True
+    ) -> TaskRow:  # fmt: skip
         """Keep a task, unless the very same work was issued before.
+
+        Args:
+            stands: whether an earlier task for the same work is still good.
 
         Returns:
             The task in force: after a restart the earlier one, perhaps answered by now. One with
@@ -334,7 +339,9 @@ class Store:
                 (task.run, task.round, task.site),
             ).fetchone()
             if old is not None and old["payload"] == task.payload:
-                return TaskRow(**dict(old))
+                earlier = TaskRow(**dict(old))
+                if stands(earlier):
+                    return earlier
             db.execute(
                 "INSERT OR REPLACE INTO tasks (id, run, round, site, statement, payload) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
