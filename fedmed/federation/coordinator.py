@@ -212,6 +212,7 @@ class Coordinator:
                 aggregation.add(reply, outcome, slot.weight)
                 outcome = replace(outcome, arrays=PackedArrays((), {}))
             outcomes[slot.name] = outcome
+            _let_go(reply)
 
         slots = [self._sites[m.metadata.dst_node_id] for m in requests]
         turn = 0
@@ -259,6 +260,14 @@ class Coordinator:
         except Exception as error:  # whatever a site sends costs that site the round
             return Failure(slot.name, "update-rejected", type(error).__name__)
         return answer
+
+
+def _let_go(reply: Message) -> None:
+    """Give back an answer's memory: Flower's records refer to themselves, and would wait for the
+    collector of cycles."""  # fmt: skip
+    if not reply.has_error():
+        for record in reply.content.array_records.values():
+            record.clear()
 
 
 def _shown(text: str, most: int) -> str:

@@ -334,3 +334,21 @@ def test_answer_that_comes_twice_counts_once(federation):
     final = made.run()
     assert np.allclose(final.arrays.buffers[PARAMS], (1 + 2 * 4) / 3 * np.arange(1, 9))
     assert len(made.reports[0].updates) == 2
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedmedian"])
+def test_memory_of_an_answer_is_given_back_once_it_is_added(federation, name):
+    """At most one answer is held beside the sums, however many sites there are."""
+    held = []
+
+    class Watched(InProcessGrid):
+        def send_and_receive(self, asked, *, timeout=None):
+            for reply in super().send_and_receive(list(asked), timeout=timeout):
+                yield reply
+                held.append(len(reply.content.array_records["arrays"]))
+
+    made = federation([drift(1.0), drift(4.0), drift(2.0)], strategy=name, rounds=1)
+    grid = Watched(made.coordinator._grid._handlers)
+    made.coordinator = Coordinator(grid, made.strategy, made.plan, made.checkpoints, [made])
+    made.run()
+    assert held == [0, 0, 0]

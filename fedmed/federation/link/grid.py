@@ -142,7 +142,7 @@ class LinkGrid(Grid):
     ) -> Iterator[Message]:
         """Answers in the order of the messages, each when it is asked for.
 
-        Only one answer is in memory at a time: those that come early wait on disk.
+        Answers are read when it is their turn: those that come early wait on disk.
 
         Raises:
             RunStopped: an operator stopped the run.
@@ -153,12 +153,7 @@ class LinkGrid(Grid):
                 before = self._store.changes
                 answers = list(self.pull_messages([identifier]))
                 if answers or (deadline is not None and time.monotonic() > deadline):
-                    for answer in answers:
-                        yield answer
-                        # Flower's records refer to themselves: their memory would wait for the
-                        # collector of cycles.
-                        for record in answer.content.array_records.values():
-                            record.clear()
+                    yield from answers
                     break
                 self._check_stopped()
                 self._store.wait(before, _POLL)
