@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 
 from fedmed.audit.log import AuditLog
 from fedmed.codec import plain
@@ -140,14 +139,9 @@ class StudyRun:
                 path.unlink(missing_ok=True)
 
     def _check_answers(self, round_: int) -> None:
-        """Ask again for what the open round lacks: refusals, torn answers, tasks grown old."""
-        late = time.time() + self._plan.round_deadline
+        """Ask again for what the open round lacks: refusals, and answers torn by a crash."""
         for task in self._store.tasks(self._run):
-            if task.round != round_:
-                continue
-            if task.answer is None:
-                if peek(TaskStatement, task.statement).expires < late:
-                    self._store.withdraw(task.id)
+            if task.round != round_ or task.answer is None:
                 continue
             statement = peek(AnswerStatement, task.answer)
             path = self._folder.spool(self._run) / statement.payload

@@ -204,7 +204,7 @@ class Coordinator:
         its turn.
         """
         # A failed reply's sender may be the link's own id: map it by what it answers.
-        turns: dict[str, int] = {}
+        turns: dict[str, int] | None = None
         early: dict[int, Message] = {}
         outcomes: dict[str, ClientUpdate | Failure] = {}
 
@@ -219,7 +219,7 @@ class Coordinator:
         slots = [self._sites[m.metadata.dst_node_id] for m in requests]
         turn = 0
         for reply in self._grid.send_and_receive(requests, timeout=self._plan.deadline):
-            if not turns:  # ids are given when the messages are sent
+            if turns is None:  # ids are given when the messages are sent
                 turns = {m.metadata.message_id: i for i, m in enumerate(requests)}
             position = turns.pop(reply.metadata.reply_to_message_id, None)
             if position is None:

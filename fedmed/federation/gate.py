@@ -119,12 +119,12 @@ class Gate:
             PolicyRefused: something else would leave.
         """
         arrays = update.arrays
-        planned = {e.buffer for e in self._plan.tensors}
-        if arrays.table != self._plan.tensors or set(arrays.buffers) != planned:
+        planned = self._plan.lengths
+        if arrays.table != self._plan.tensors or set(arrays.buffers) != set(planned):
             raise PolicyRefused("egress-tensors", "the update holds other tensors than the plan")
         if any(str(b.dtype) != key.rpartition(".")[2] for key, b in arrays.buffers.items()):
             raise PolicyRefused("egress-dtype", "the update holds other types than the plan")
-        if arrays.nbytes != self._plan.update_bytes:
+        if any(b.shape != (planned[key],) for key, b in arrays.buffers.items()):
             raise PolicyRefused("egress-bytes", "the update has another size than the plan")
         if not all(math.isfinite(squared_norm(b)) for b in arrays.buffers.values()):
             raise PolicyRefused("egress-non-finite", "the update is not finite")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -20,7 +22,10 @@ from fedmed.trust import certificates
 
 _MOST_FACTS = 1 << 18
 _PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_DAMAGED = (KeyError, EOFError, ValueError, RuntimeError)  # what zipfile raises besides its own
+_NO_ARCHIVE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, KeyError,
+    ValueError, RuntimeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,14 @@ def read_kit(path: Path) -> tuple[Kit, StudyPlan]:
         ConfigError: it is no kit, or its plan is not the one that it names.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            kit = decode(Kit, _member(archive, "kit.json", _MOST_FACTS).decode())
-            plan = parse_plan(_member(archive, "plan.json", MOST_BYTES))
+        file = path.open("rb")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "give the kit's file") from error
-    except (zipfile.BadZipFile, zlib.error, *_DAMAGED) as error:
+    try:
+        with file, zipfile.ZipFile(file) as archive:
+            kit = decode(Kit, _member(archive, "kit.json", _MOST_FACTS).decode())
+            plan = parse_plan(_member(archive, "plan.json", MOST_BYTES))
+    except _NO_ARCHIVE as error:
         raise ConfigError(f"{path} is no start-up kit", "ask for it again") from error
     if plan.sha256() != kit.plan or plan.study != kit.study:
         raise ConfigError(f"{path}: the plan is not the one that the kit names", "ask for it again")

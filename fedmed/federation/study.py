@@ -120,9 +120,17 @@ class StudyPlan:
             raise ConfigError("the plan names no tensors", "make it with fedmed coordinator init")
 
     @property
+    def lengths(self) -> dict[str, int]:
+        """Elements of each packed buffer of an update."""
+        lengths: dict[str, int] = {}
+        for entry in self.tensors:
+            lengths[entry.buffer] = lengths.get(entry.buffer, 0) + math.prod(entry.shape)
+        return lengths
+
+    @property
     def update_bytes(self) -> int:
         """Bytes of one update's arrays."""
-        return sum(_size(e.shape) * _ITEM[e.buffer.rpartition(".")[2]] for e in self.tensors)
+        return sum(n * _ITEM[key.rpartition(".")[2]] for key, n in self.lengths.items())
 
     def sha256(self) -> str:
         """The plan's hash: what hospitals approve and every statement names."""
@@ -159,10 +167,6 @@ class StudyPlan:
 _ITEM = {
     "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "uint8": 1, "bool": 1
 }  # fmt: skip
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 def check_name(what: str, name: str) -> str:

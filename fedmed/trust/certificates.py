@@ -23,6 +23,10 @@ from fedmed.trust.keys import SigningKey, VerifyKey
 _BACKDATED = timedelta(days=1)  # clocks differ
 AUTHORITY_DAYS = 3650
 DAYS = 825
+_MALFORMED = (
+    ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)  # fmt: skip
 
 
 def authority(study: str, key: SigningKey) -> x509.Certificate:
@@ -68,11 +72,12 @@ def load(pem: bytes) -> x509.Certificate:
         TrustError: it is no certificate.
     """
     try:
-        certificate = x509.load_pem_x509_certificate(pem)
-        _ = certificate.public_key(), certificate.subject, certificate.issuer  # parsed only now
-        return certificate
-    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
+        found = x509.load_pem_x509_certificate(pem)
+        # read at first use: what is malformed is to show here, not wherever that may be
+        _ = found.subject, found.issuer, found.extensions, found.public_key()
+    except _MALFORMED as error:
         raise TrustError("not a certificate in PEM form", "give the .crt file") from error
+    return found
 
 
 def pem(certificate: x509.Certificate) -> bytes:
@@ -139,7 +144,7 @@ def days_left(certificate: x509.Certificate) -> float:
 def _check_issued(certificate: x509.Certificate, issuer: x509.Certificate, whose: str) -> None:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError) as error:
+    except (InvalidSignature, *_MALFORMED) as error:
         raise TrustError(
             f"the {whose}'s certificate is not signed by the study's authority"
             if certificate is not issuer

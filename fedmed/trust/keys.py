@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -39,7 +39,7 @@ class VerifyKey:
         """
         try:
             return cls(serialization.load_pem_public_key(pem))
-        except ValueError as error:
+        except (ValueError, UnsupportedAlgorithm) as error:
             raise TrustError("not a public key in PEM form", "give the .pub file") from error
 
     def pem(self) -> bytes:
@@ -99,7 +99,7 @@ class SigningKey:
             raise TrustError(f"key {path} can be read by others", f"chmod 600 {path}")
         try:
             key = serialization.load_pem_private_key(content, password=None)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise TrustError(f"{path} holds no key", "restore it, or make a new one") from error
         if not isinstance(key, Ed25519PrivateKey):
             raise TrustError(f"{path} is not an Ed25519 key", "make it with fedmed")

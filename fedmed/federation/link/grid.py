@@ -142,7 +142,7 @@ class LinkGrid(Grid):
     ) -> Iterator[Message]:
         """Answers in the order of the messages, each when it is asked for.
 
-        Only one answer is in memory at a time: those that come early wait on disk.
+        Answers are read when it is their turn: those that come early wait on disk.
 
         Raises:
             RunStopped: an operator stopped the run.
@@ -191,8 +191,8 @@ class LinkGrid(Grid):
             id=identifier, run=statement.run, round=statement.round, site=site, statement=sealed,
             payload=payload.sha256, delivered=0, answer=None, answered=None,
         )  # fmt: skip
-        row = self._store.issue(new)
-        if row.id == identifier:
+        row = self._store.issue(new, lambda old: _stands(old, now + int(self._patience)))
+        if row is new:
             self._on_issue(statement)
         message.metadata.__dict__["_message_id"] = row.id
         self._asked[row.id] = message
@@ -221,6 +221,14 @@ class LinkGrid(Grid):
         reply = Message(content, reply_to=message)
         reply.metadata.__dict__["_message_id"] = row.id
         return reply
+
+
+def _stands(row: TaskRow, until: int) -> bool:
+    """Whether a task issued before a restart, or before a round failed, need not be issued anew.
+
+    Sites refuse one that has expired, however often it is handed out.
+    """
+    return row.answer is not None or peek(TaskStatement, row.statement).expires >= until
 
 
 def _same(a: RecordDict, b: RecordDict) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -164,8 +164,8 @@ class Store:
                 (now + OVERLAP, site, fingerprint),
             )
             db.execute(
-                "INSERT OR IGNORE INTO certificates (fingerprint, site, pem, added) "
-                "VALUES (?, ?, ?, ?)",
+                "INSERT INTO certificates (fingerprint, site, pem, added) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (fingerprint) DO UPDATE SET until = NULL",
                 (fingerprint, site, pem, now),
             )
 
@@ -246,13 +246,7 @@ class Store:
             ConfigError: another one is not over yet.
         """
         with self._use() as db:
-            busy = db.execute(
-                "SELECT run FROM runs WHERE state IN ('asked', 'running', 'stopping')"
-            ).fetchone()
-            if busy is not None:
-                raise ConfigError(
-                    f"run {busy['run']} is not over yet", "wait for it, or stop it first"
-                )
+            _check_idle(db)
             db.execute(
                 "INSERT INTO runs (run, state, asked) VALUES (?, 'asked', ?)", (run, time.time())
             )
@@ -261,9 +255,10 @@ class Store:
         """Ask for a run that failed or was stopped to go on.
 
         Raises:
-            ConfigError: there is no such run, or it is not over.
+            ConfigError: there is no such run, or it or another one is not over.
         """
         with self._use() as db:
+            _check_idle(db, run)
             found = db.execute(
                 "UPDATE runs SET state = 'asked', ended = NULL WHERE run = ? "
                 "AND state IN ('failed', 'stopped')",
@@ -326,8 +321,13 @@ class Store:
 
     # ---- tasks
 
-    def issue(self, task: TaskRow) -> TaskRow:
+    def issue(
+        self, task: TaskRow, stands: Callable[[TaskRow], bool] = lambda _: True
+    ) -> TaskRow:  # fmt: skip
         """Keep a task, unless the very same work was issued before.
+
+        Args:
+            stands: whether an earlier task for the same work is still good.
 
         Returns:
             The task in force: after a restart the earlier one, perhaps answered by now. One with
@@ -339,7 +339,9 @@ class Store:
                 (task.run, task.round, task.site),
             ).fetchone()
             if old is not None and old["payload"] == task.payload:
-                return TaskRow(**dict(old))
+                earlier = TaskRow(**dict(old))
+                if stands(earlier):
+                    return earlier
             db.execute(
                 "INSERT OR REPLACE INTO tasks (id, run, round, site, statement, payload) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
@@ -379,11 +381,6 @@ class Store:
                 "UPDATE tasks SET answer = NULL, answered = NULL WHERE id = ?", (identifier,)
             )
         self._notify()
-
-    def withdraw(self, identifier: str) -> None:
-        """Drop a task that nobody has answered, so that it is issued anew."""
-        with self._use() as db:
-            db.execute("DELETE FROM tasks WHERE id = ? AND answer IS NULL", (identifier,))
 
     def open_task(self, site: str) -> TaskRow | None:
         """The newest task that waits for an enrolled site's answer, of a run that goes on."""
@@ -463,6 +460,15 @@ class Store:
                 "check that its folder is writable and has space; it is restored from a backup "
                 "if it is damaged",
             ) from error
+
+
+def _check_idle(db: sqlite3.Connection, besides: str = "") -> None:
+    busy = db.execute(
+        "SELECT run FROM runs WHERE state IN ('asked', 'running', 'stopping') AND run != ?",
+        (besides,),
+    ).fetchone()
+    if busy is not None:
+        raise ConfigError(f"run {busy['run']} is not over yet", "wait for it, or stop it first")
 
 
 OVERLAP: Final = 600.0
