@@ -193,16 +193,17 @@ def _serve(args: argparse.Namespace) -> int:
 def _start(args: argparse.Namespace) -> int:
     from fedmed.coordinator.folder import StudyFolder
     from fedmed.errors import ConfigError
+    from fedmed.federation.link.store import RunState
 
     folder = StudyFolder(args.study)
     if args.resume:
         folder.store.resume_run(args.resume)
         run = args.resume
     else:
-        done = [r for r in folder.store.runs() if r.round]
+        done = [r for r in folder.store.runs() if r.state != RunState.ASKED]
         if len(done) >= folder.plan.runs:
             raise ConfigError(
-                f"the plan allows {folder.plan.runs} runs, and they were made",
+                f"the plan allows {folder.plan.runs} run(s), and they were begun",
                 "resume one with --resume, or make a study with --runs N",
             )
         run = folder.plan.new_run()

@@ -120,12 +120,15 @@ def _approve(args: argparse.Namespace) -> int:
     from fedmed.errors import ConfigError
     from fedmed.federation.study import read_plan
     from fedmed.hospital.approval import approve, missing_approvals, withdraw
+    from fedmed.hospital.notes import note
     from fedmed.report.plan import plan_lines
     from fedmed.trust.keys import SigningKey
 
     folder = _folder(args)
     if args.withdraw:
-        print(f"{withdraw(folder)} approval(s) taken back; a running client stops at the next task")
+        taken = withdraw(folder)
+        note(folder, "approvals-withdrawn", plan=folder.plan.sha256(), count=taken)
+        print(f"{taken} approval(s) taken back; a running client stops at the next task")
         return 0
     if args.plan is not None and read_plan(args.plan).sha256() != folder.plan.sha256():
         raise ConfigError(
@@ -141,6 +144,7 @@ def _approve(args: argparse.Namespace) -> int:
         return 1
     key = SigningKey.load(args.key or folder.path / "roles" / f"{args.role}.key")
     approve(folder, args.role, key)
+    note(folder, "plan-approved", plan=folder.plan.sha256(), role=args.role)
     print(f"approved as {args.role}; missing: {', '.join(missing_approvals(folder)) or 'none'}")
     return 0
 
@@ -202,27 +206,35 @@ def _join(args: argparse.Namespace) -> int:
 
 def _pause(args: argparse.Namespace) -> int:
     from fedmed.federation.files import write_atomic
+    from fedmed.hospital.notes import note
 
     folder = _folder(args)
     write_atomic(folder.pause_path, f"{args.reason}\n".encode())
+    note(folder, "paused", reason=args.reason)
     print("paused: no task is taken before `fedmed site resume`; the round in hand is finished")
     return 0
 
 
 def _resume(args: argparse.Namespace) -> int:
-    _folder(args).pause_path.unlink(missing_ok=True)
+    from fedmed.hospital.notes import note
+
+    folder = _folder(args)
+    folder.pause_path.unlink(missing_ok=True)
+    note(folder, "resumed")
     print("the client may work again")
     return 0
 
 
 def _rotate(args: argparse.Namespace) -> int:
     from fedmed.hospital.folder import replace_key
+    from fedmed.hospital.notes import note
     from fedmed.hospital.service import make_link
 
     folder = _folder(args)
     link = make_link(folder)
     fingerprint = replace_key(folder, link.replace_key)
     link.close()
+    note(folder, "key-replaced", key=fingerprint)
     print(f"the new key is in place: {fingerprint}")
     return 0
 

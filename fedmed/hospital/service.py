@@ -24,6 +24,7 @@ from fedmed.federation.site_agent import SiteAgent
 from fedmed.hospital.agent import open_agent
 from fedmed.hospital.conditions import why_paused
 from fedmed.hospital.folder import HospitalFolder
+from fedmed.hospital.notes import take_notes
 from fedmed.hospital.task import Answer, LocalFault, Work, receive
 from fedmed.trust.statements import TaskStatement
 
@@ -90,6 +91,7 @@ class SiteService:
                 self._work(agent, audit, link)
             finally:
                 link.close()
+                take_notes(self._folder, audit)
                 audit.append("client-stopped")
 
     def _work(self, agent: SiteAgent, audit: AuditLog, link: SiteLink) -> None:
@@ -97,6 +99,7 @@ class SiteService:
         paused = why_paused(self._folder)
         while not self._stop.is_set():
             try:
+                take_notes(self._folder, audit)
                 reason = paused()
                 if reason is not None:
                     self._watcher.phase(PAUSED, reason)

@@ -46,6 +46,9 @@ def enrolled(store, *sites):
 
 
 def running(store, run="demo-1"):
+    for site in ("a", "b"):
+        store.add_site(site)
+        store.admit(site, f"fingerprint of {site}", "pem")
     store.ask_run(run)
     store.set_run(run, RunState.RUNNING)
     return run

@@ -164,7 +164,9 @@ class LinkGrid(Grid):
             raise RunStopped("the coordinator is shutting down", "the run goes on when it starts")
         row = self._store.run(self._run_name)
         if row is None or row.state != RunState.RUNNING:
-            raise RunStopped(f"run {self._run_name} was stopped", "start a new run to go on")
+            raise RunStopped(
+                f"run {self._run_name} was stopped", "go on with fedmed coordinator start --resume"
+            )
 
     def _issue(self, message: Message) -> str:
         site = self._nodes[message.metadata.dst_node_id]

@@ -149,7 +149,7 @@ def _context(certificate: Path, key: Path, admitted: tuple[str, ...]) -> ssl.SSL
     except (OSError, ssl.SSLError) as error:
         raise TrustError(
             f"the server's certificate {certificate} or its key cannot be used",
-            "make them with fedmed coordinator init, or name the institution's in study.yaml",
+            "make them with fedmed coordinator init, or name the institution's in study.toml",
         ) from error
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the leaf itself is what is trusted

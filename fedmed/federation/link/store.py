@@ -152,8 +152,12 @@ class Store:
                     f"site {site!r} is not invited, or was revoked", "invite it first"
                 )
             other = db.execute(
-                "SELECT site FROM certificates WHERE fingerprint = ?", (fingerprint,)
+                "SELECT site, until FROM certificates WHERE fingerprint = ?", (fingerprint,)
             ).fetchone()
+            if other is not None and other["until"] == 0:
+                raise ConfigError(
+                    f"the key of site {site!r} was revoked", "let the site make a new one"
+                )
             if other is not None and other["site"] != site:
                 raise ConfigError(
                     f"the key is already that of site {other['site']!r}", "make a key for each site"
@@ -179,7 +183,7 @@ class Store:
             found = db.execute("UPDATE sites SET state = 'revoked' WHERE name = ?", (site,))
             if found.rowcount == 0:
                 raise ConfigError(f"there is no site {site!r}", "see fedmed coordinator status")
-            db.execute("DELETE FROM certificates WHERE site = ?", (site,))
+            db.execute("UPDATE certificates SET until = 0 WHERE site = ?", (site,))
 
     def reinstate(self, site: str) -> None:
         """Invite a revoked site again; it needs a new key."""
