@@ -14,7 +14,6 @@ from fedmed.config.compose import load
 from fedmed.coordinator.enrolment import admit, invite
 from fedmed.coordinator.folder import StudyFolder, create_study
 from fedmed.experiment.study import make_plan
-from fedmed.federation.files import write_atomic
 from fedmed.federation.link.client import Address, SiteLink
 from fedmed.federation.study import StudyPlan
 from fedmed.hospital.approval import approve, make_role_key
@@ -86,14 +85,6 @@ def hospital(
     made = HospitalFolder(path)
     approve(made, "board", SigningKey.load(key))
     return made
-
-
-def with_plan(made: HospitalFolder, plan: StudyPlan) -> HospitalFolder:
-    """The hospital, as if its folder had been made for another plan, and approved."""
-    write_atomic(made.path / "plan.json", plan.document().encode())
-    changed = HospitalFolder(made.path)
-    approve(changed, "board", SigningKey.load(made.path / "roles" / "board.key"))
-    return changed
 
 
 def link_to(made: HospitalFolder, port: int, **options: object) -> SiteLink:

@@ -254,9 +254,11 @@ def test_wrong_updates_cost_their_own_site_the_round(served: Served) -> None:
         str(e["reason"]).isprintable() and len(str(e["reason"])) < 500 for e in unused.values()
     )
     # weights are the plan's: one for each of the four that counted, whatever they claim
-    weights = Checkpoints(
+    checkpoints = Checkpoints(
         served.folder.run_folder(served.run) / "checkpoints", served.folder.plan.sha256()
-    ).latest()
+    )
+    wait_until(lambda: checkpoints.latest().round == 1)  # type: ignore[union-attr]
+    weights = checkpoints.latest()
     assert weights is not None
     mean = (0.1 + 0.3 - 0.2 + 0.2) / 4
     np.testing.assert_allclose(weights.arrays.buffers[PARAMS], mean, rtol=1e-5)
