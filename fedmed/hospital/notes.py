@@ -29,7 +29,7 @@ def note(folder: HospitalFolder, event: str, **facts: Scalar) -> None:
         line = json.dumps({"event": event, **facts}).encode() + b"\n"
     path = folder.state / "notes.jsonl"
     try:
-        with open(path, "ab", opener=_private) as file:  # noqa: PTH123 - Path.open has no opener
+        with open(path, "ab", opener=_private) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(line)
             file.flush()
