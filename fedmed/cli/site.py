@@ -77,6 +77,10 @@ def _add_books(actions: _Actions) -> None:
     parser = _add(actions, "status", _status, "show what the client does and did")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser = _add(actions, "budget", _budget, "show what was spent, by which run, and what is left")
+    parser.add_argument(
+        "--begin-anew", action="store_true",
+        help="make a new ledger in place of one that is lost; see docs/hospital.md first",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser = _add(actions, "log", _log, "show the audit log")
     parser.add_argument("-n", type=int, default=20, metavar="N", help="last entries (20)")
@@ -252,10 +256,13 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _budget(args: argparse.Namespace) -> int:
-    from fedmed.hospital.books import budget
+    from fedmed.hospital.books import begin_anew, budget
     from fedmed.report.tables import plain_table, print_table
 
-    found = budget(_folder(args))
+    folder = _folder(args)
+    if args.begin_anew:
+        begin_anew(folder)
+    found = budget(folder)
     if args.json:
         print(json.dumps(asdict(found), indent=2))
         return 0

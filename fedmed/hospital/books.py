@@ -12,6 +12,7 @@ from fedmed.errors import ConfigError
 from fedmed.hospital.approval import missing_approvals
 from fedmed.hospital.conditions import why_paused
 from fedmed.hospital.folder import HospitalFolder
+from fedmed.hospital.notes import note
 from fedmed.privacy.accountant import default_delta
 from fedmed.privacy.ledger import Ledger, LedgerEntry
 from fedmed.types import PrivacyUnit, Scalar
@@ -106,6 +107,18 @@ def budget(folder: HospitalFolder) -> Budget:
         limit=_amount(limit),
         runs=_by_run(entries),
     )
+
+
+def begin_anew(folder: HospitalFolder) -> None:
+    """Make a new ledger where the old one is lost; the audit log says so.
+
+    Raises:
+        ConfigError: there is a ledger.
+    """
+    if folder.ledger_path.exists():
+        raise ConfigError(f"the ledger {folder.ledger_path} is there", "it is not replaced")
+    note(folder, "ledger-begun-anew", limit=_amount(folder.rules.policy().max_epsilon))
+    Ledger(folder.ledger_path)
 
 
 def site_status(folder: HospitalFolder) -> SiteStatus:
