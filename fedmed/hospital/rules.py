@@ -117,8 +117,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         for role in self.approvals:
-            if not _ROLE.fullmatch(role):
-                raise ConfigError(f"approvals: role {role!r}", "use lower case letters and -")
+            check_role(role)
         self.policy()
 
     def policy(self) -> SitePolicy:
@@ -142,6 +141,17 @@ class Rules:
             accountant=self.accountant,
             cohort_size=self.cohort_size,
         )
+
+
+def check_role(role: str) -> str:
+    """A role's name, safe as a file's and as a key in TOML.
+
+    Raises:
+        ConfigError: it holds other characters.
+    """
+    if not _ROLE.fullmatch(role):
+        raise ConfigError(f"approvals: role {role!r}", "use lower case letters and -")
+    return role
 
 
 def read_rules(path: Path) -> Rules:
