@@ -123,7 +123,7 @@ def _host_and_port(text: str) -> tuple[str, int]:
         return text[1:-1], 8443
     if not colon or (":" in host and not host.startswith("[")):
         return text, 8443
-    if not (port.isdigit() and 0 < int(port) < 65536):
+    if not (port.isdecimal() and 0 < int(port) < 65536):
         raise ConfigError(f"--address {text!r} has no usable port", "write it as HOST:PORT")
     return host.strip("[]"), int(port)
 

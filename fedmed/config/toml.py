@@ -35,6 +35,7 @@ def read_toml(kind: type[T], path: Path) -> T:
     try:
         record: T = build(kind, value, path.name)
     except ConfigError as error:
-        remedy = "see the comments in the file" if "sender" in error.remedy else error.remedy
+        own = error.remedy and "sender" not in error.remedy
+        remedy = error.remedy if own else "see the comments in the file"
         raise ConfigError(f"{path}: {error.problem}", remedy) from error
     return record

@@ -11,6 +11,7 @@ from fedmed.codec import build, encode, plain
 from fedmed.errors import ConfigError, TrustError
 from fedmed.federation.files import write_atomic
 from fedmed.hospital.folder import HospitalFolder
+from fedmed.hospital.rules import check_role
 from fedmed.trust.keys import SigningKey, VerifyKey
 
 _PURPOSE = "approval"
@@ -142,7 +143,12 @@ def make_role_key(folder: HospitalFolder, role: str, key_path: Path) -> Path:
 
     Returns:
         The public key's file, to be named in ``site.toml``.
+
+    Raises:
+        ConfigError: the role's name is not usable.
+        TrustError: the key exists already.
     """
+    check_role(role)
     key = SigningKey.generate()
     key.save(key_path)
     public = folder.path / "roles" / f"{role}.pub"

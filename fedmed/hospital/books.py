@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fedmed.audit.log import read
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, TrustError
 from fedmed.hospital.approval import missing_approvals
 from fedmed.hospital.conditions import why_paused
 from fedmed.hospital.folder import HospitalFolder
@@ -130,17 +130,13 @@ def site_status(folder: HospitalFolder) -> SiteStatus:
     entries = list(read(folder.audit_path)) if folder.audit_path.exists() else []
     refused = [e for e in entries if e["event"] == "task-refused"]
     account = budget(folder)
-    try:
-        missing = ", ".join(missing_approvals(folder)) or "none"
-    except ConfigError as error:
-        missing = str(error)
     return SiteStatus(
         study=folder.kit.study,
         site=folder.kit.site,
         coordinator=f"{folder.kit.host}:{folder.kit.port}",
         plan=folder.plan.sha256(),
-        missing_approvals=missing,
-        paused=why_paused(folder)() or "",
+        missing_approvals=_told(lambda: ", ".join(missing_approvals(folder)) or "none"),
+        paused=_told(lambda: why_paused(folder)() or ""),
         last_event=str(entries[-1]["event"]) if entries else "",
         last_event_time=str(entries[-1]["time"]) if entries else "",
         tasks_received=_count(entries, "task-received"),
@@ -151,6 +147,14 @@ def site_status(folder: HospitalFolder) -> SiteStatus:
         epsilon_spent=account.spent,
         epsilon_limit=account.limit,
     )
+
+
+def _told(look: Callable[[], str]) -> str:
+    """What is to be told, or why it cannot be."""
+    try:
+        return look()
+    except (ConfigError, TrustError) as error:
+        return str(error)
 
 
 def _count(entries: Iterable[dict[str, Scalar]], event: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from pathlib import Path
 from cryptography import x509
 
 from fedmed.codec import decode, encode
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, FedmedError
 from fedmed.federation.files import write_atomic
 from fedmed.federation.kit import Kit, read_kit
 from fedmed.federation.link.client import Address, Identity
@@ -57,7 +58,13 @@ class HospitalFolder:
     @cached_property
     def kit(self) -> Kit:
         """``kit.json``. Raises ConfigError."""
-        return decode(Kit, (self.path / "kit.json").read_text())
+        path = self.path / "kit.json"
+        try:
+            return decode(Kit, path.read_text())
+        except (OSError, UnicodeDecodeError, FedmedError) as error:
+            raise ConfigError(
+                f"{path} cannot be read", "take it out of the kit's archive"
+            ) from error
 
     @cached_property
     def plan(self) -> StudyPlan:
@@ -144,7 +151,7 @@ def create_site(kit_path: Path, path: Path, data: str) -> Enrolment:
     write_atomic(path / "keys" / "coordinator.crt", kit.tls_authority.encode())
     write_atomic(path / "plan.json", plan.document().encode())
     template = files("fedmed.hospital").joinpath("site.toml").read_text()
-    text = template.replace('data = "data"', f"data = {_toml(data)}", 1)
+    text = template.replace('data = "data"', f"data = {json.dumps(data, ensure_ascii=False)}", 1)
     write_atomic(path / "site.toml", text.encode())
     write_atomic(path / "kit.json", encode(kit).encode())  # last: it makes the folder a site's
     returned = path / f"{kit.site}.crt"
@@ -173,9 +180,3 @@ def replace_key(folder: HospitalFolder, enrol: Callable[[bytes], None]) -> str:
     enrol(certificate)
     write_atomic(folder.key_path, key.pem() + certificate, mode=0o600)
     return key.public().fingerprint()
-
-
-def _toml(text: str) -> str:
-    """A TOML basic string."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'

@@ -30,6 +30,10 @@ class Release:
     metrics: tuple[str, ...] = ()
     smallest_cell: int = 10
 
+    def __post_init__(self) -> None:
+        if self.smallest_cell < 1:
+            raise ConfigError(f"expected release.smallest_cell={self.smallest_cell} >= 1")
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -54,12 +58,16 @@ class Operation:
     def __post_init__(self) -> None:
         if self.window is not None and not _WINDOW.fullmatch(self.window):
             raise ConfigError(f"operation.window={self.window!r}", 'write it as "20:00-06:00"')
+        if self.window is not None and len(set(self.window.split("-"))) == 1:
+            raise ConfigError(
+                f"operation.window={self.window!r} never opens", "leave it out to work at all hours"
+            )
         rate = self.megabytes_per_second
         if rate is not None and rate <= 0:
             raise ConfigError(f"expected operation.megabytes_per_second={rate} > 0")
         if self.proxy is not None:
             host, _, port = self.proxy.rpartition(":")
-            if not host or not (port.isdigit() and 0 < int(port) < 65536):
+            if not host or not (port.isdecimal() and 0 < int(port) < 65536):
                 raise ConfigError(f"operation.proxy={self.proxy!r}", 'write it as "host:port"')
         if self.devices < 1:
             raise ConfigError(f"expected operation.devices={self.devices} >= 1")
@@ -109,8 +117,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         for role in self.approvals:
-            if not _ROLE.fullmatch(role):
-                raise ConfigError(f"approvals: role {role!r}", "use lower case letters and -")
+            check_role(role)
         self.policy()
 
     def policy(self) -> SitePolicy:
@@ -134,6 +141,17 @@ class Rules:
             accountant=self.accountant,
             cohort_size=self.cohort_size,
         )
+
+
+def check_role(role: str) -> str:
+    """A role's name, safe as a file's and as a key in TOML.
+
+    Raises:
+        ConfigError: it holds other characters.
+    """
+    if not _ROLE.fullmatch(role):
+        raise ConfigError(f"approvals: role {role!r}", "use lower case letters and -")
+    return role
 
 
 def read_rules(path: Path) -> Rules:
