@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 from fedmed.audit.log import AuditLog, open_soon
-from fedmed.errors import AuditError, FedmedError, LinkRefused, TrustError, Unreachable
+from fedmed.errors import (
+    AuditError,
+    ConfigError,
+    FedmedError,
+    LinkError,
+    LinkRefused,
+    TrustError,
+    Unreachable,
+)
 from fedmed.federation.link.client import SiteLink
 from fedmed.federation.link.exchange import Exchange
 from fedmed.federation.link.store import PAUSED
@@ -102,10 +110,10 @@ class SiteService:
                 self._wait = _FIRST_WAIT
             except Unreachable as error:
                 self._pause_after(error, "offline")
-            except (LinkRefused, TrustError) as error:
+            except (LinkError, TrustError) as error:
                 audit.append("link-refused", reason=str(error))
                 self._pause_after(error, "refused")
-            except (LocalFault, AuditError, OSError) as error:
+            except (LocalFault, AuditError, ConfigError, OSError) as error:
                 what = error if isinstance(error, FedmedError) else _local(error)
                 self._pause_after(what, "local-fault")
 

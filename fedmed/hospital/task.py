@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fedmed.audit.log import AuditLog
-from fedmed.errors import FedmedError, PolicyRefused, TrustError, UpdateRejected
+from fedmed.errors import CheckpointError, FedmedError, PolicyRefused, TrustError, UpdateRejected
 from fedmed.federation.link.payload import Payload, check_payload
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.trust import certificates
@@ -77,14 +77,10 @@ class Work:
             LocalFault: disk or books failed; nothing is answered yet.
         """
         out = self.folder.state / "outbox" / str(self.task.round)
-        refused = self.refused
-        if refused is None:
-            try:
-                payload, code = exchange.answer(self.path, out)
-            except UpdateRejected as error:
-                refused = PolicyRefused("malformed-task", str(error), "send it anew")
-        if refused is not None:
-            payload, code = exchange.refuse(self._refusal(refused), out), refused.code
+        try:
+            payload, code = self._write_answer(exchange, out)
+        except CheckpointError as error:
+            raise LocalFault(error.problem, error.remedy) from error
         if code in _PASSING:
             raise LocalFault(
                 f"{code} while answering round {self.task.round}",
@@ -97,6 +93,15 @@ class Work:
         for name in ("inbox", "outbox"):
             for path in (self.folder.state / name).glob("*"):
                 path.unlink(missing_ok=True)
+
+    def _write_answer(self, exchange: Exchange, out: Path) -> tuple[Payload, str]:
+        refused = self.refused
+        if refused is None:
+            try:
+                return exchange.answer(self.path, out)
+            except UpdateRejected as error:
+                refused = PolicyRefused("malformed-task", str(error), "send it anew")
+        return exchange.refuse(self._refusal(refused), out), refused.code
 
     def _refusal(self, error: PolicyRefused) -> Refusal:
         self.audit.append(
