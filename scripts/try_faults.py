@@ -17,6 +17,7 @@ Processes are forked from one that has imported everything, so that a start take
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -49,6 +50,8 @@ STUDY = (
     "federation.min_sites=3", "federation.round_deadline=1800",
 )  # fmt: skip
 PRIVATE = ("privacy=dpsgd", "privacy.target_epsilon=8", "trainer.batch_size=4")
+Strike = Callable[[float], Iterator[float]]
+"""Strikes at a moment of the run; yields the seconds until it goes on."""
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 _DISK = 64  # MB of each party's own disk
 
@@ -137,23 +140,26 @@ class Trial:
             if party.alive():
                 party.kill()
 
-    def run(self, strike: Callable[[float], None] | None) -> tuple[str, float, str]:
-        """One run; its final state, seconds and hash."""
+    def run(self, strike: Strike | None) -> tuple[str, float, str]:
+        """One run; its final state, seconds and hash.
+
+        The fault strikes from this loop, not from a thread beside it: a process that is forked
+        while another thread holds a lock waits for that lock for ever.
+        """
         run = fedmed("coordinator", "start", "--study", str(self.lab.study)).split()[1]
         begun = time.monotonic()
-        thread = None
-        if strike is not None:
-            moment = self.random.uniform(0, 0.9 * self.usual)
-            thread = threading.Thread(target=strike, args=(moment,))
-            thread.start()
+        steps = strike(self.random.uniform(0, 0.9 * self.usual)) if strike else iter(())
+        due = begun + next(steps, 0.0)
         while time.monotonic() - begun < self.arguments.patience:
+            if time.monotonic() >= due:
+                due = time.monotonic() + next(steps, self.arguments.patience)
             row = self.store.run(run)
             if row is not None and row.ended is not None:
                 break
             time.sleep(0.05)
         seconds = time.monotonic() - begun
-        if thread is not None:
-            thread.join()
+        for rest in steps:  # the run was over before all of it
+            time.sleep(rest)
         row = self.store.run(run)
         state = row.state if row else "gone"
         if state != RunState.FINISHED:
@@ -212,21 +218,21 @@ class Trial:
     # ---- faults
 
     @contextmanager
-    def fault(self, name: str) -> Iterator[Callable[[float], None]]:
+    def fault(self, name: str) -> Iterator[Strike]:
         """What strikes at a moment, and what is undone afterwards."""
         site = self.parties[self.random.choice(SITES)]
         if name == "slow":
             done = threading.Event()
             thread = threading.Thread(target=self.slow, args=(site, done))
             thread.start()
-            yield lambda _: None
+            yield lambda _: iter(())
             done.set()
             thread.join()
         elif name == "triple":
             site.kill()
             self.parties[site.name] = Party(self.lab, site.name, bring_thrice)
             self.parties[site.name].start()
-            yield lambda _: None
+            yield lambda _: iter(())
             self.parties[site.name].kill()
             self.parties[site.name] = Party(self.lab, site.name)
             self.parties[site.name].start()
@@ -240,18 +246,18 @@ class Trial:
                 "full-site": lambda t: self.fill(self.lab.site(site.name), t),
             }[name]
 
-    def kill(self, parties: list[Party], moment: float) -> None:
-        time.sleep(moment)
+    def kill(self, parties: list[Party], moment: float) -> Iterator[float]:
+        yield moment
         for party in parties:
             party.kill()
-        time.sleep(0.5)
+        yield 0.5
         for party in parties:
             party.start()
 
-    def cut(self, party: Party, moment: float) -> None:
-        time.sleep(moment)
+    def cut(self, party: Party, moment: float) -> Iterator[float]:
+        yield moment
         self.lab.network.cut(party.name)
-        time.sleep(self.arguments.cut)
+        yield self.arguments.cut
         self.lab.network.mend(party.name)
 
     def slow(self, party: Party, done: threading.Event) -> None:
@@ -261,16 +267,13 @@ class Trial:
             party.send(signal.SIGCONT)
             time.sleep(0.01)
 
-    def fill(self, folder: Path, moment: float) -> None:
-        time.sleep(moment)
+    def fill(self, folder: Path, moment: float) -> Iterator[float]:
+        yield moment
         filler = folder / "filler"
-        with filler.open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(b"\0" * 4096)
-            except OSError:
-                pass
-        time.sleep(self.arguments.full)
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+        yield self.arguments.full
         filler.unlink()
 
 

@@ -1,4 +1,4 @@
-"""A study of nine numbers: plan, folder, and sites that answer at once, without images or sockets."""
+"""A study of nine numbers: plan, folder, and sites that answer at once, without images."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from flwr.app import Message, RecordDict
 
 from fedmed import __version__
 from fedmed.codec import decode, encode
 from fedmed.coordinator.enrolment import admit, invite
 from fedmed.coordinator.folder import StudyFolder, create_study
 from fedmed.errors import LinkRefused
+from fedmed.federation import messages
 from fedmed.federation.files import Written, save_arrays
 from fedmed.federation.link.desk import Desk
+from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.payload import read_payload
-from fedmed.federation.link.store import Store
+from fedmed.federation.link.store import RunState, Store
 from fedmed.federation.study import FORMAT, Preparation, StudyPlan
 from fedmed.hospital.folder import HospitalFolder, create_site
+from fedmed.trust import certificates
 from fedmed.trust.keys import SigningKey
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, seal
 from fedmed.types import (
@@ -41,6 +45,8 @@ from fedmed.types import (
     TrainTask,
 )
 
+RUN = "demo-1"
+NODES = {2: "a", 3: "b", 4: "c"}
 PARAMS = "parameters.float32"
 COUNTS = "buffers.int64"
 TABLE = (
@@ -126,7 +132,11 @@ def refusal_content(task: TaskStatement, code: str, path: Path) -> Written:
 
 
 def seal_answer(
+<<<<<<< HEAD
     sealed: bytes, written: Written, key: SigningKey, code: str = "", **changes
+=======
+    sealed: bytes, written: Written, key: SigningKey, code: str = "", **changes: object
+>>>>>>> helperI
 ) -> bytes:
     task = peek(TaskStatement, sealed)
     facts = {
@@ -194,3 +204,40 @@ class LiveStore(Store):
 def read_kept(content: bytes) -> AnswerStatement:
     """The statement in a sealed answer."""
     return decode(AnswerStatement, json.loads(content)["statement"])
+
+
+class Bench:
+    """A study with a running run, its sites and its grid."""
+
+    def __init__(self, root, **options):
+        self.folder = make_study(root, small_plan(**options))
+        self.store = LiveStore(self.folder.path / "study.db")
+        self.folder.__dict__["store"] = self.store
+        self.desk = make_desk(self.folder)
+        self.sites = {name: Site(self.folder, name) for name in NODES.values()}
+        self.stop = threading.Event()
+        self.issued = []
+        self.store.ask_run(RUN)
+        self.store.set_run(RUN, RunState.RUNNING)
+        self.folder.spool(RUN).mkdir(parents=True)
+
+    def grid(self, nodes=NODES, patience=30.0):
+        issuer = Issuer(
+            "demo", self.folder.plan.sha256(), self.folder.signing_key,
+            certificates.pem(self.folder.signer).decode(), lambda: (7, "7" * 64),
+        )  # fmt: skip
+        return LinkGrid(
+            RUN, self.store, nodes, issuer, self.folder.spool(RUN), patience, self.stop,
+            self.issued.append,
+        )  # fmt: skip
+
+    def requests(self, round_=1, value=0.0, nodes=NODES):
+        task = task_of(self.folder.plan, round_, RUN, numbers(value))
+        config = messages.task_config(task)
+        config["server-round"] = round_
+        content = {"arrays": messages.to_array_record(task.arrays), "config": config}
+        return [Message(RecordDict(content), node, "train") for node in nodes]
+
+    def work(self, *names):
+        for name in names or self.sites:
+            self.sites[name].work(self.desk)

@@ -11,6 +11,10 @@ from typing import Final, Protocol
 from fedmed.audit.log import AuditLog, open_soon
 from fedmed.errors import (
     AuditError,
+<<<<<<< HEAD
+=======
+    ConfigError,
+>>>>>>> helperI
     FedmedError,
     LinkError,
     LinkRefused,
@@ -117,7 +121,7 @@ class SiteService:
             except (LinkError, TrustError) as error:
                 audit.append("link-refused", reason=str(error))
                 self._pause_after(error, "refused")
-            except (LocalFault, AuditError, OSError) as error:
+            except (LocalFault, AuditError, ConfigError, OSError) as error:
                 what = error if isinstance(error, FedmedError) else _local(error)
                 self._pause_after(what, "local-fault")
 

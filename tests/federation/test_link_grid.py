@@ -2,72 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
-from small_study import (
-    PARAMS,
-    LiveStore,
-    Site,
-    make_desk,
-    make_study,
-    numbers,
-    small_plan,
-    task_of,
-)
+from small_study import NODES, PARAMS, RUN, Bench, numbers
 
 from fedmed.errors import RunStopped
 from fedmed.federation import messages
 from fedmed.federation.link import grid as grid_module
-from fedmed.federation.link.grid import CONNECTED, Issuer, LinkGrid
-from fedmed.federation.link.store import PAUSED, RunState
+from fedmed.federation.link.grid import CONNECTED
+from fedmed.federation.link.store import PAUSED
 from fedmed.trust import certificates
 from fedmed.trust.statements import TaskStatement, peek, unseal
 
 pytestmark = pytest.mark.usefixtures("no_sync")
-RUN = "demo-1"
-NODES = {2: "a", 3: "b", 4: "c"}
-
-
-class Bench:
-    """A study with a running run, its sites and its grid."""
-
-    def __init__(self, root, **options):
-        self.folder = make_study(root, small_plan(**options))
-        self.store = LiveStore(self.folder.path / "study.db")
-        self.folder.__dict__["store"] = self.store
-        self.desk = make_desk(self.folder)
-        self.sites = {name: Site(self.folder, name) for name in NODES.values()}
-        self.stop = threading.Event()
-        self.issued = []
-        self.store.ask_run(RUN)
-        self.store.set_run(RUN, RunState.RUNNING)
-        self.folder.spool(RUN).mkdir(parents=True)
-
-    def grid(self, nodes=NODES, patience=30.0):
-        issuer = Issuer(
-            "demo", self.folder.plan.sha256(), self.folder.signing_key,
-            certificates.pem(self.folder.signer).decode(), lambda: (7, "7" * 64),
-        )  # fmt: skip
-        return LinkGrid(
-            RUN, self.store, nodes, issuer, self.folder.spool(RUN), patience, self.stop,
-            self.issued.append,
-        )  # fmt: skip
-
-    def requests(self, round_=1, value=0.0, nodes=NODES):
-        task = task_of(self.folder.plan, round_, RUN, numbers(value))
-        config = messages.task_config(task)
-        config["server-round"] = round_
-        content = {"arrays": messages.to_array_record(task.arrays), "config": config}
-        return [Message(RecordDict(content), node, "train") for node in nodes]
-
-    def work(self, *names):
-        for name in names or self.sites:
-            self.sites[name].work(self.desk)
 
 
 @pytest.fixture
