@@ -132,11 +132,7 @@ def refusal_content(task: TaskStatement, code: str, path: Path) -> Written:
 
 
 def seal_answer(
-<<<<<<< HEAD
-    sealed: bytes, written: Written, key: SigningKey, code: str = "", **changes
-=======
     sealed: bytes, written: Written, key: SigningKey, code: str = "", **changes: object
->>>>>>> helperI
 ) -> bytes:
     task = peek(TaskStatement, sealed)
     facts = {

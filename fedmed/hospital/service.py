@@ -11,10 +11,7 @@ from typing import Final, Protocol
 from fedmed.audit.log import AuditLog, open_soon
 from fedmed.errors import (
     AuditError,
-<<<<<<< HEAD
-=======
     ConfigError,
->>>>>>> helperI
     FedmedError,
     LinkError,
     LinkRefused,

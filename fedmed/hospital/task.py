@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fedmed.audit.log import AuditLog
-<<<<<<< HEAD
 from fedmed.errors import (
+    CheckpointError,
     ConfigError,
     FedmedError,
     PolicyRefused,
     TrustError,
     UpdateRejected,
 )
-=======
-from fedmed.errors import CheckpointError, FedmedError, PolicyRefused, TrustError, UpdateRejected
->>>>>>> helperI
 from fedmed.federation.link.payload import Payload, check_payload
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.trust import certificates
@@ -88,18 +85,14 @@ class Work:
             LocalFault: disk or books failed; nothing is answered yet.
         """
         out = self.folder.state / "outbox" / str(self.task.round)
-<<<<<<< HEAD
         refused = self.refused or self._fault(exchange)
-        if refused is None:
-            payload, code = exchange.answer(self.path, out)
-        else:
-            payload, code = exchange.refuse(self._refusal(refused), out), refused.code
-=======
         try:
-            payload, code = self._write_answer(exchange, out)
+            if refused is None:
+                payload, code = exchange.answer(self.path, out)
+            else:
+                payload, code = exchange.refuse(self._refusal(refused), out), refused.code
         except CheckpointError as error:
             raise LocalFault(error.problem, error.remedy) from error
->>>>>>> helperI
         if code in _PASSING:
             raise LocalFault(
                 f"{code} while answering round {self.task.round}",
@@ -113,7 +106,6 @@ class Work:
             for path in (self.folder.state / name).glob("*"):
                 path.unlink(missing_ok=True)
 
-<<<<<<< HEAD
     def _fault(self, exchange: Exchange) -> PolicyRefused | None:
         """What is wrong with the payload before anybody acts on it, or None."""
         try:
@@ -127,16 +119,6 @@ class Work:
                 "statement-differs", "the task is of another run or round than its statement says"
             )
         return None
-=======
-    def _write_answer(self, exchange: Exchange, out: Path) -> tuple[Payload, str]:
-        refused = self.refused
-        if refused is None:
-            try:
-                return exchange.answer(self.path, out)
-            except UpdateRejected as error:
-                refused = PolicyRefused("malformed-task", str(error), "send it anew")
-        return exchange.refuse(self._refusal(refused), out), refused.code
->>>>>>> helperI
 
     def _refusal(self, error: PolicyRefused) -> Refusal:
         self.audit.append(

@@ -225,7 +225,7 @@ def test_killed_again_and_again(world, expected):
 
 
 def test_killed_at_many_changes_of_the_database(world, expected, monkeypatch):
-    """Transactions that never come about, of whatever kind they are: the 5th, the 12th after it …"""
+    """Transactions that never come about: the 5th, the 12th after it …"""
     left = 0
     use = LiveStore._use
 
@@ -260,7 +260,7 @@ def test_checkpoint_that_is_not_written(world, expected, round_, monkeypatch):
             raise Killed
         save(self, state)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # noqa: PT012
         patch.setattr(Checkpoints, "save", mortal)
         world.go()
     world.go()
@@ -468,8 +468,7 @@ def test_nobody_there(tmp_path):
 
 def test_bad_update_is_written_down_and_not_used(world, monkeypatch):
     def wild(task, arrays):
-        moved = small_study.numbers(1e6 if task.site == "a" and task.round == 2 else 1.0)
-        return moved
+        return small_study.numbers(1e6 if task.site == "a" and task.round == 2 else 1.0)
 
     monkeypatch.setattr(small_study, "step", wild)
     world.go()

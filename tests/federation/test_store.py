@@ -429,7 +429,7 @@ def test_database_in_a_folder_that_is_not_there(tmp_path):
 
 def test_change_that_fails_half_way_is_undone(store):
     enrolled(store, "a")
-    with pytest.raises(RuntimeError), store._use() as db:
+    with pytest.raises(RuntimeError), store._use() as db:  # noqa: PT012
         db.execute("DELETE FROM certificates")
         raise RuntimeError
     assert store.site_of("print-a") == "a"

@@ -217,7 +217,7 @@ def test_what_is_no_plan(tmp_path, content):
 
 def test_missing_and_huge_plan(tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
-    with pytest.raises(ConfigError, match="cannot read .*; give a plan.json"):
+    with pytest.raises(ConfigError, match=r"cannot read .*; give a plan.json"):
         read_plan(path)
     path.write_text(PLAN.document())
     monkeypatch.setattr(study, "MOST_BYTES", path.stat().st_size)
