@@ -199,10 +199,11 @@ def _start(args: argparse.Namespace) -> int:
         folder.store.resume_run(args.resume)
         run = args.resume
     else:
-        done = [r for r in folder.store.runs() if r.round]
-        if len(done) >= folder.plan.runs:
+        # sites count a run from its first task on
+        begun = [r for r in folder.store.runs() if r.round or folder.store.tasks(r.run)]
+        if len(begun) >= folder.plan.runs:
             raise ConfigError(
-                f"the plan allows {folder.plan.runs} runs, and they were made",
+                f"the plan allows {folder.plan.runs} runs, and they were begun",
                 "resume one with --resume, or make a study with --runs N",
             )
         run = folder.plan.new_run()
