@@ -62,7 +62,9 @@ class HospitalFolder:
         try:
             return decode(Kit, path.read_text())
         except (OSError, UnicodeDecodeError, FedmedError) as error:
-            raise ConfigError(f"{path} cannot be read", "take it out of the kit's archive") from error
+            raise ConfigError(
+                f"{path} cannot be read", "take it out of the kit's archive"
+            ) from error
 
     @cached_property
     def plan(self) -> StudyPlan:

@@ -97,9 +97,9 @@ def test_nobody_is_admitted_uninvited(study, tmp_path):
 
 def test_file_that_is_no_certificate(study, kit, tmp_path):
     enrolment.invite(study, "a", kit)
-    with pytest.raises(ConfigError, match="cannot read .*; give the site's .crt file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*; give the site's .crt file"):
         enrolment.admit(study, "a", tmp_path / "nowhere.crt")
-    with pytest.raises(TrustError, match="give the .crt file"):
+    with pytest.raises(TrustError, match=r"give the .crt file"):
         enrolment.admit(study, "a", kit)
 
 

@@ -225,7 +225,7 @@ def test_killed_again_and_again(world, expected):
 
 
 def test_killed_at_many_changes_of_the_database(world, expected, monkeypatch):
-    """Transactions that never come about, of whatever kind they are: the 5th, the 12th after it …"""
+    """Transactions that never come about, of whatever kind they are."""
     left = 0
     use = LiveStore._use
 
@@ -260,9 +260,10 @@ def test_checkpoint_that_is_not_written(world, expected, round_, monkeypatch):
             raise Killed
         save(self, state)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", mortal)
-        world.go()
+        with pytest.raises(Killed):
+            world.go()
     world.go()
     assert world.result() == expected[0]
     world.check_whole()
@@ -468,8 +469,7 @@ def test_nobody_there(tmp_path):
 
 def test_bad_update_is_written_down_and_not_used(world, monkeypatch):
     def wild(task, arrays):
-        moved = small_study.numbers(1e6 if task.site == "a" and task.round == 2 else 1.0)
-        return moved
+        return small_study.numbers(1e6 if task.site == "a" and task.round == 2 else 1.0)
 
     monkeypatch.setattr(small_study, "step", wild)
     world.go()

@@ -170,9 +170,7 @@ def configure(strategy, round_, current):
 def by_flower(strategy, round_, sites, current):
     """All replies at once, as Flower's own loop gives them; the statistics by NumPy."""
     clean = [
-        messages.for_strategy(
-            reply_of(node, arrays)[0], {PARAMS: arrays.buffers[PARAMS]}, weight
-        )
+        messages.for_strategy(reply_of(node, arrays)[0], {PARAMS: arrays.buffers[PARAMS]}, weight)
         for node, (arrays, weight) in enumerate(sites, start=2)
     ]
     record, _ = strategy.aggregate_train(round_, clean)
@@ -201,7 +199,9 @@ def test_three_rounds_are_flowers_three_rounds(name):
     rounds = [[(packed(rng), float(i + 1)) for i in range(7)] for _ in range(3)]
     for aggregate in (by_flower, by_us):
         strategy = strategy_of(name)
-        current = PackedArrays(TABLE, {k: np.zeros_like(v) for k, v in rounds[0][0][0].buffers.items()})
+        current = PackedArrays(
+            TABLE, {k: np.zeros_like(v) for k, v in rounds[0][0][0].buffers.items()}
+        )
         results[aggregate] = []
         for number, sites in enumerate(rounds, start=1):
             configure(strategy, number, current)

@@ -31,7 +31,9 @@ SCALARS = st.one_of(
     st.text(max_size=20), st.integers(-(2**63), 2**63 - 1), st.booleans(),
     st.floats(allow_nan=False, allow_infinity=False),
 )  # fmt: skip
-NUMBERS = st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False))
+NUMBERS = st.one_of(
+    st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False)
+)
 
 
 @pytest.fixture
@@ -168,7 +170,7 @@ def within(content, size):
             assert values.ndim == 1
             if len(values):
                 assert isinstance(values.base, np.memmap)
-                assert 0 < values.base.offset
+                assert values.base.offset > 0
                 assert values.base.offset + values.nbytes <= size
             total += values.nbytes
     assert total < size

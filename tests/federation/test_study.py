@@ -217,7 +217,7 @@ def test_what_is_no_plan(tmp_path, content):
 
 def test_missing_and_huge_plan(tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
-    with pytest.raises(ConfigError, match="cannot read .*; give a plan.json"):
+    with pytest.raises(ConfigError, match=r"cannot read .*; give a plan.json"):
         read_plan(path)
     path.write_text(PLAN.document())
     monkeypatch.setattr(study, "MOST_BYTES", path.stat().st_size)
@@ -263,9 +263,7 @@ def test_names_are_safe_as_files(name):
 def changed_task(name):
     """A task that leaves the plan in one field."""
     task = task_of(PLAN)
-    arrays = PackedArrays(
-        (*TABLE[:2], TensorEntry("other", COUNTS, 0, ())), task.arrays.buffers
-    )
+    arrays = PackedArrays((*TABLE[:2], TensorEntry("other", COUNTS, 0, ())), task.arrays.buffers)
     other = {
         "run_id": "another-1", "rounds": 2, "arrays": arrays,
         **{n: v for n, v in OTHER.items() if n in TASK_FIELDS},

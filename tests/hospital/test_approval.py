@@ -78,7 +78,7 @@ def test_hospital_that_names_nobody_has_approved_nothing(tmp_path):
 
 
 def test_key_of_another_role_does_not_sign(site):
-    with pytest.raises(TrustError, match="not that of role 'radiology'; use the key whose .pub"):
+    with pytest.raises(TrustError, match=r"not that of role 'radiology'; use the key whose .pub"):
         approve(site, "radiology", key_of(site, "data-protection"))
     with pytest.raises(TrustError):
         approve(site, "radiology", SigningKey.generate())
@@ -86,7 +86,7 @@ def test_key_of_another_role_does_not_sign(site):
 
 
 def test_role_that_is_not_named_does_not_sign(site):
-    with pytest.raises(ConfigError, match="names no role 'boss'; .* data-protection, radiology"):
+    with pytest.raises(ConfigError, match=r"names no role 'boss'; .* data-protection, radiology"):
         approve(site, "boss", key_of(site, "radiology"))
 
 
@@ -160,7 +160,7 @@ def test_damaged_file_is_no_approval(site, content):
 def test_missing_public_key(site):
     sign(site)
     (site.path / "roles" / "radiology.pub").unlink()
-    with pytest.raises(ConfigError, match="public key of role 'radiology' .*fedmed site role"):
+    with pytest.raises(ConfigError, match=r"public key of role 'radiology' .*fedmed site role"):
         missing_approvals(site)
 
 

@@ -57,9 +57,11 @@ def test_certificates_survive_their_text():
     assert certificates.fingerprint(AUTHORITY) == AUTHORITY.fingerprint(hashes.SHA256()).hex()
 
 
-@pytest.mark.parametrize("text", [b"", b"\xff", b"-----BEGIN CERTIFICATE-----\n", KEYS["site"].pem()])
+@pytest.mark.parametrize(
+    "text", [b"", b"\xff", b"-----BEGIN CERTIFICATE-----\n", KEYS["site"].pem()]
+)
 def test_text_that_is_no_certificate(text):
-    with pytest.raises(TrustError, match="give the .crt file"):
+    with pytest.raises(TrustError, match=r"give the .crt file"):
         certificates.load(text)
 
 
@@ -103,7 +105,7 @@ def test_signer_out_of_its_time_is_refused(monkeypatch, days):
     at(monkeypatch, NOW + timedelta(days=days))
     made = signer()
     at(monkeypatch, NOW)
-    with pytest.raises(TrustError, match="coordinator's certificate is valid from .*clock"):
+    with pytest.raises(TrustError, match=r"coordinator's certificate is valid from .*clock"):
         check_signer(made, AUTHORITY)
 
 

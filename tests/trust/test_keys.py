@@ -72,13 +72,13 @@ def test_existing_key_is_never_replaced(path):
 
 
 def test_missing_key(path):
-    with pytest.raises(TrustError, match="cannot read key .*No such file"):
+    with pytest.raises(TrustError, match=r"cannot read key .*No such file"):
         SigningKey.load(path)
 
 
 def test_key_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrustError, match="cannot write key .*; choose a writable folder"):
+    with pytest.raises(TrustError, match=r"cannot write key .*; choose a writable folder"):
         KEY.save(tmp_path / "file" / "site.key")
     with pytest.raises(TrustError, match="cannot make folder"):
         private_folder(tmp_path / "file")
