@@ -200,10 +200,11 @@ def _start(args: argparse.Namespace) -> int:
         folder.store.resume_run(args.resume)
         run = args.resume
     else:
-        done = [r for r in folder.store.runs() if r.state != RunState.ASKED]
-        if len(done) >= folder.plan.runs:
+        # sites count a run from its first task on
+        begun = [r for r in folder.store.runs() if r.round or folder.store.tasks(r.run)]
+        if len(begun) >= folder.plan.runs:
             raise ConfigError(
-                f"the plan allows {folder.plan.runs} run(s), and they were begun",
+                f"the plan allows {folder.plan.runs} runs, and they were begun",
                 "resume one with --resume, or make a study with --runs N",
             )
         run = folder.plan.new_run()

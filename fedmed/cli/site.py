@@ -83,8 +83,14 @@ def _add_books(actions: _Actions) -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser = _add(actions, "log", _log, "show the audit log")
-    parser.add_argument("-n", type=int, default=20, metavar="N", help="last entries (20)")
+    parser.add_argument("-n", type=_positive, default=20, metavar="N", help="last entries (20)")
     parser.add_argument("--json", action="store_true", help="print entries as JSON lines")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of entries")
+    return int(text)
 
 
 def _folder(args: argparse.Namespace) -> HospitalFolder:

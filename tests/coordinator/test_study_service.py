@@ -247,9 +247,9 @@ def test_port_that_is_taken(served):
         settings = served.folder.path / "study.toml"
         number = taken.getsockname()[1]
         settings.write_text(settings.read_text().replace("port = 0", f"port = {number}"))
-        with pytest.raises(LinkError, match=f"port {number}: Address already in use; stop what"):  # noqa: SIM117
-            with served.serving():
-                pass
+        says = f"port {number}: Address already in use; stop what"
+        with pytest.raises(LinkError, match=says), served.serving():
+            pass
 
 
 # ---- what people see

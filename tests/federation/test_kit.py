@@ -29,11 +29,12 @@ def path(tmp_path):
     return tmp_path / "a.zip"
 
 
-def pack(path, kit=encode(KIT), plan=None, more=(), compression=zipfile.ZIP_DEFLATED):  # noqa: B008
+def pack(path, kit=None, plan=None, more=(), compression=zipfile.ZIP_DEFLATED):
     with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, text in (("kit.json", kit), ("plan.json", plan or PLAN.document()), *more):
-            if text is not None:
-                archive.writestr(name, text)
+        archive.writestr("kit.json", kit or encode(KIT))
+        archive.writestr("plan.json", plan or PLAN.document())
+        for name, text in more:
+            archive.writestr(name, text)
 
 
 def test_kit_survives_its_archive(path):

@@ -427,14 +427,6 @@ def test_database_in_a_folder_that_is_not_there(tmp_path):
         Store(tmp_path / "nowhere" / "study.db")
 
 
-def test_change_that_fails_half_way_is_undone(store):
-    enrolled(store, "a")
-    with pytest.raises(RuntimeError), store._use() as db:  # noqa: PT012
-        db.execute("DELETE FROM certificates")
-        raise RuntimeError
-    assert store.site_of("print-a") == "a"
-
-
 def test_rows_are_as_they_were_kept(store):
     running(store)
     kept = replace(task(), statement=bytes(range(256)))
