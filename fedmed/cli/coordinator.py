@@ -193,7 +193,6 @@ def _serve(args: argparse.Namespace) -> int:
 def _start(args: argparse.Namespace) -> int:
     from fedmed.coordinator.folder import StudyFolder
     from fedmed.errors import ConfigError
-    from fedmed.federation.link.store import RunState
 
     folder = StudyFolder(args.study)
     if args.resume:

@@ -281,11 +281,13 @@ def _shown(text: str, most: int) -> str:
 
 
 def _attach_buffers(requests: Sequence[Message], arrays: PackedArrays) -> None:
-    """Strategies see parameters only; sites need the buffers too."""
+    """Strategies see parameters only; sites need the buffers too.
+
+    A record of the requests' own: a strategy may keep the one that it was given.
+    """
     full = messages.to_array_record(arrays)
     for request in requests:
-        if len(request.content.array_records[messages.ARRAYS]) != len(full):
-            request.content[messages.ARRAYS] = full
+        request.content[messages.ARRAYS] = full
 
 
 def _moving_average(

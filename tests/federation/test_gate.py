@@ -40,7 +40,7 @@ def code_of(act, *args):
 def test_planned_rounds_enter_in_order(gate, progress):
     for round_ in (1, 2, 3):
         gate.enter(task_of(PLAN, round_))
-        assert progress.last_rounds() == {"demo-1": round_}
+        assert rounds_of(progress) == {"demo-1": round_}
 
 
 def test_rounds_may_be_left_out_and_asked_for_again(gate):
@@ -51,7 +51,7 @@ def test_rounds_may_be_left_out_and_asked_for_again(gate):
 def test_round_that_is_over_is_refused(gate, progress):
     gate.enter(task_of(PLAN, 2))
     assert code_of(gate.enter, task_of(PLAN, 1)) == "stale-round"
-    assert progress.last_rounds() == {"demo-1": 2}
+    assert rounds_of(progress) == {"demo-1": 2}
 
 
 def test_restart_forgets_nothing(gate, progress):
@@ -67,7 +67,7 @@ def test_no_more_runs_than_the_plan_allows(gate, progress):
     gate.enter(task_of(PLAN, 1, "demo-2"))
     assert code_of(gate.enter, task_of(PLAN, 1, "demo-3")) == "too-many-runs"
     gate.enter(task_of(PLAN, 2, "demo-2"))  # those that were begun go on
-    assert set(progress.last_rounds()) == {"demo-1", "demo-2"}
+    assert set(rounds_of(progress)) == {"demo-1", "demo-2"}
     assert code_of(Gate(PLAN, progress).enter, task_of(PLAN, 1, "demo-3")) == "too-many-runs"
 
 
@@ -78,7 +78,7 @@ def test_every_run_has_its_own_rounds(gate):
 
 def test_task_that_is_refused_leaves_no_trace(gate, progress):
     assert code_of(gate.enter, replace(task_of(PLAN), loss="other")) == "loss-differs"
-    assert progress.last_rounds() == {}
+    assert rounds_of(progress) == {}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_paused_hospital_lets_nothing_in(progress):
     reason = ["the hospital has paused its client"]
     gate = Gate(PLAN, progress, paused=lambda: reason[0])
     assert code_of(gate.enter, task_of(PLAN)) == "paused"
-    assert progress.last_rounds() == {}
+    assert rounds_of(progress) == {}
     reason[0] = None
     gate.enter(task_of(PLAN))
 
@@ -113,7 +113,11 @@ def test_figures_that_are_not_released(progress):
     Gate(plan, progress, metrics=("loss", "auroc", "dice")).enter(task_of(plan))
 
 
-@pytest.mark.parametrize("content", ["demo-1", "demo-1 x\n", "demo-1 1 1\n", "\0\n"])
+def rounds_of(progress):
+    return {run: round_ for run, (round_, _) in progress.last_tasks().items()}
+
+
+@pytest.mark.parametrize("content", ["demo-1", "demo-1 x\n", "demo-1 1\n", "\0\n"])
 def test_damaged_progress_stops_everything(gate, progress, content):
     progress.path.write_text(content)
     with pytest.raises(CheckpointError, match="restore it from a backup"):
@@ -121,7 +125,7 @@ def test_damaged_progress_stops_everything(gate, progress, content):
 
 
 def test_progress_is_closed_to_others_and_written_whole(progress):
-    progress.note("demo-1", 1)
+    progress.note("demo-1", 1, "f" * 64)
     assert progress.path.stat().st_mode & 0o777 == 0o600
     assert [p.name for p in progress.path.parent.iterdir()] == ["progress"]
 
@@ -140,8 +144,8 @@ def test_progress_survives_its_file(progress, no_sync):
     runs = ["".join(rng.choices("09azAZ_-", k=rng.randint(1, 64))) for _ in range(50)]
     rounds = {run: rng.randint(1, 10**6) for run in runs}
     for run, round_ in rounds.items():
-        progress.note(run, round_)
-    assert Progress(progress.path).last_rounds() == rounds
+        progress.note(run, round_, "f" * 64)
+    assert rounds_of(Progress(progress.path)) == rounds
 
 
 # ---- out

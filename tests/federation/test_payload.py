@@ -129,10 +129,10 @@ def test_file_is_closed_to_others(path):
 def test_full_disk_leaves_the_old_file(path, monkeypatch):
     old = write_payload(path, content_of({}, {"x": 1}))
 
-    def full(_):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("os.fchmod", full)
     with pytest.raises(CheckpointError, match="No space left on device; free space"):
         write_payload(path, content_of({"x": np.ones(9)}))
     assert check_payload(path, old.sha256)

@@ -9,7 +9,6 @@ import pytest
 from small_study import add_site, make_study, small_plan
 
 from fedmed.errors import ConfigError, PolicyRefused, TrustError
-from fedmed.hospital.agent import check_approved, why_paused
 from fedmed.hospital.approval import (
     approve,
     make_role_key,
@@ -17,6 +16,7 @@ from fedmed.hospital.approval import (
     read_approvals,
     withdraw,
 )
+from fedmed.hospital.conditions import check_approved, why_paused
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.trust.keys import SigningKey
 

@@ -126,7 +126,7 @@ class World(Bench):
         self.agent, self.faults, self.asked, self.phases = Agent(), {}, [], Phases()
         self.links = []
         monkeypatch.setattr(service_module, "open_agent", lambda folder, audit: self.agent)
-        monkeypatch.setattr("fedmed.hospital.agent.missing_approvals", lambda _: ())
+        monkeypatch.setattr("fedmed.hospital.conditions.missing_approvals", lambda _: ())
         self.service = SiteService(self.site, self.phases, self.connect)
         self.waits = self.service._stop = Waits()
 
@@ -360,7 +360,7 @@ def test_damaged_approvals_stop_the_work_and_not_the_client(world, monkeypatch):
             raise error
         return ()
 
-    monkeypatch.setattr("fedmed.hospital.agent.missing_approvals", missing)
+    monkeypatch.setattr("fedmed.hospital.conditions.missing_approvals", missing)
     world.issue()
     world.service.join()
     assert [p for p, _ in world.phases][:2] == ["local-fault", "local-fault"]

@@ -428,7 +428,7 @@ def test_budget_that_another_study_has_spent(hospital):
 
 def test_budget_carries_the_rest_of_a_run_that_goes_on(hospital):
     _charge(hospital, "demo-1", 2)
-    Progress(hospital.path / "state" / "progress").note("demo-1", 2)
+    Progress(hospital.path / "state" / "progress").note("demo-1", 2, "f" * 64)
     found = hospital.check()
     assert not not_ok(found)
     assert "spent of 3.0" in next(f.text for f in found if f.name == "budget")
@@ -437,13 +437,13 @@ def test_budget_carries_the_rest_of_a_run_that_goes_on(hospital):
 def test_budget_that_does_not_carry_the_rest(hospital):
     _charge(hospital, "other-1", 1)
     _charge(hospital, "demo-1", 2)
-    Progress(hospital.path / "state" / "progress").note("demo-1", 2)
+    Progress(hospital.path / "state" / "progress").note("demo-1", 2, "f" * 64)
     only(hospital.check(), "fault", "budget", "rest of the plan")
 
 
 def test_runs_that_are_over(hospital):
     _charge(hospital, "demo-1", 3)
-    Progress(hospital.path / "state" / "progress").note("demo-1", 3)
+    Progress(hospital.path / "state" / "progress").note("demo-1", 3, "f" * 64)
     only(hospital.check(), "warning", "progress", "has finished them", "nothing is left")
 
 

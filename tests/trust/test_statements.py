@@ -17,16 +17,18 @@ from fedmed.trust.statements import MOST, AnswerStatement, TaskStatement, peek, 
 KEY = SigningKey.generate()
 OTHER = SigningKey.generate()
 HASH = st.text("0123456789abcdef", min_size=64, max_size=64)
-TEXT = st.text(max_size=40)
-WHOLE = st.integers(-(2**70), 2**70)
-SIZE = st.integers(0, 2**60)
+NAME = st.text("abcXYZ019_-", min_size=1, max_size=64)
+CODE = st.just("") | NAME
+TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
+WHOLE = st.integers(0, 2**53 - 1)
+SIZE = WHOLE
 COMMON = {
-    "study": TEXT, "plan": HASH, "run": TEXT, "round": WHOLE, "site": TEXT, "payload": HASH,
+    "study": NAME, "plan": HASH, "run": NAME, "round": WHOLE, "site": NAME, "payload": HASH,
     "size": SIZE, "log_seq": WHOLE, "log_head": HASH, "issued": WHOLE,
 }  # fmt: skip
 TASKS = st.builds(TaskStatement, **COMMON, expires=WHOLE, signer=TEXT)
 ANSWERS = st.builds(
-    AnswerStatement, **COMMON, task=HASH, code=TEXT, own_seq=WHOLE, own_head=HASH
+    AnswerStatement, **COMMON, task=HASH, code=CODE, own_seq=WHOLE, own_head=HASH
 )  # fmt: skip
 ANY = st.one_of(TASKS, ANSWERS)
 TASK = TaskStatement(
