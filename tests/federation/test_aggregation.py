@@ -23,10 +23,13 @@ from fedmed.federation.aggregation import (
     make_aggregation,
 )
 from fedmed.federation.coordinator import Coordinator
+from fedmed.federation.flower import identify
 from fedmed.federation.simulation.grid import InProcessGrid
 from fedmed.federation.strategies import STRATEGIES, make_strategy
 from fedmed.federation.strategies.registry import averages
 from fedmed.types import ClientUpdate, PackedArrays, TensorEntry
+
+identify()  # messages cannot be made without it
 
 PARAMS = "parameters.float32"
 STATS = "buffers.float32"

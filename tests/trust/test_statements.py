@@ -138,10 +138,10 @@ def test_wrapping_that_is_wrong(sealed):
 
 
 def test_huge_statement_is_not_even_parsed():
-    sealed = seal(replace(TASK, study="x" * MOST), KEY)
+    sealed = seal(replace(TASK, signer="x" * MOST), KEY)
     with pytest.raises(TrustError, match=f"send at most {MOST}"):
         unseal(TaskStatement, sealed, KEY.public())
-    fits = seal(replace(TASK, study="x" * (MOST - len(seal(TASK, KEY)) + 4)), KEY)
+    fits = seal(replace(TASK, signer="x" * (MOST - len(seal(TASK, KEY)) + 3)), KEY)
     assert len(fits) == MOST
     unseal(TaskStatement, fits, KEY.public())
 
