@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fedmed.privacy.clipping.outer import WeightGradient, squared_norms
+from fedmed.privacy.clipping.outer import WeightGradient, squared_norms, weighted_sum
 
 _LAPS: Final = 3
 _LONG: Final = 0.05  # seconds beyond which one run is enough
@@ -105,7 +105,7 @@ def _measure(gradient: WeightGradient, may_defer: bool) -> Way:
 def _norm_and_sum(gradient: WeightGradient, way: str) -> Tensor:
     by_unit = gradient.by_unit(way)
     squared_norms(by_unit)
-    return torch.mv(by_unit.reshape(len(by_unit), -1).t(), _ones(gradient))
+    return weighted_sum(by_unit, _ones(gradient))
 
 
 def _ones(gradient: WeightGradient) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,8 +90,12 @@ class ConvolutionGradient(WeightGradient):
     def forms(self) -> Mapping[str, Callable[[Span], Tensor]]:
         """See :meth:`WeightGradient.forms`."""
         ways = {"loop": self._loop, "grouped": self._grouped}
-        if self._geometry.groups == 1:
+        geometry = self._geometry
+        if geometry.groups == 1:
             ways["unfold"] = self._unfold_products
+            dense = set(geometry.stride) == {1} and not any(geometry.output_padding)
+            if dense and geometry.weight[0] < geometry.weight[1] and math.prod(geometry.kernel) > 1:
+                ways["unfold outputs"] = self._unfold_outputs
         return ways
 
     def grams(self) -> Mapping[str, Callable[[Span], Tensor]]:
@@ -99,9 +103,7 @@ class ConvolutionGradient(WeightGradient):
         geometry = self._geometry
         fold = len(self.inputs) // self.layout.samples
         out = math.prod(self.outputs.shape[2:])
-        inside = math.prod(
-            s + 2 * p for s, p in zip(self.inputs.shape[2:], geometry.padding, strict=True)
-        )
+        inside = math.prod(self.inputs.shape[2:])
         worst = max(span.per_unit for span in self.layout.spans) * fold
         p, q = self.inputs.shape[1], self.outputs.shape[1]
         k = math.prod(geometry.kernel)
@@ -130,7 +132,7 @@ class ConvolutionGradient(WeightGradient):
     def _weighted_unfolded(self, factors: Tensor) -> Tensor:
         """One product for the whole batch: libraries are slow where images are tiny."""
         inputs, outputs = self.scaled(factors)
-        columns = self._columns(inputs, 1)[0]
+        columns = _columns(inputs, 1, self._geometry, outputs.shape[2:])[0]
         return (_by_unit(outputs, 1)[0] @ columns.t()).view(self._geometry.weight)
 
     def _rows(self, span: Span) -> tuple[Tensor, Tensor, int]:
@@ -160,36 +162,37 @@ class ConvolutionGradient(WeightGradient):
         wide = replace(self._geometry, weight=(span.units * q, *rest), groups=groups)
         return weight_gradient(inputs, outputs, wide).view(span.units, q, *rest)
 
-    def _columns(self, inputs: Tensor, units: int) -> Tensor:
-        """Patches under the kernel: ``[units, p * prod(k), positions]``."""
-        geometry = self._geometry
-        if math.prod(geometry.kernel) == 1 and not any(geometry.padding):
-            steps = tuple(slice(None, None, s) for s in geometry.stride)
-            return _by_unit(inputs[(slice(None), slice(None), *steps)], units)
-        padded = _padded(inputs, geometry.padding)
-        each, out = len(inputs) // units, self.outputs.shape[2:]
-        padded = padded.view(units, each, *padded.shape[1:]).transpose(1, 2)
-        columns = inputs.new_empty((units, inputs.shape[1], math.prod(geometry.kernel), each, *out))
-        for position, window in enumerate(_windows(geometry, out)):
-            columns[:, :, position] = padded[(slice(None), slice(None), slice(None), *window)]
-        return columns.view(units, -1, each * math.prod(out))
-
     def _unfold_products(self, span: Span) -> Tensor:
         parts = []
         for portion in self._portions(span):
             inputs, outputs, _ = self._rows(portion)
-            columns = self._columns(inputs, portion.units)
+            columns = _columns(inputs, portion.units, self._geometry, outputs.shape[2:])
             gradients = _by_unit(outputs, portion.units)
             parts.append(torch.bmm(gradients, columns.transpose(1, 2)))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.view(span.units, *self._geometry.weight)
+
+    def _unfold_outputs(self, span: Span) -> Tensor:
+        """Patches of outputs instead, cheaper where they have fewer channels; at stride 1.
+
+        An input pixel meets the outputs around it, with the kernel turned round.
+        """
+        inputs, outputs, _ = self._rows(span)
+        geometry, out = self._geometry, inputs.shape[2:]
+        q, p, *kernel = geometry.weight
+        sides = zip(geometry.dilation, kernel, geometry.padding, strict=True)
+        padding = [d * (k - 1) - side for d, k, side in sides]
+        windows = reversed(list(_windows(geometry, out)))
+        columns = _unfolded(outputs, span.units, padding, windows, out)
+        products = torch.bmm(columns, _by_unit(inputs, span.units).transpose(1, 2))
+        return products.view(span.units, q, *kernel, p).movedim(-1, 2)
 
     def _gram(self, span: Span) -> Tensor:
         inputs, outputs, _ = self._rows(span)
         groups = self._geometry.groups
         norms = [
             gram_norms(
-                self._columns(a, span.units).transpose(1, 2),
+                _columns(a, span.units, self._geometry, b.shape[2:]).transpose(1, 2),
                 _by_unit(b, span.units).transpose(1, 2),
                 self.dtype,
             )
@@ -208,18 +211,65 @@ class ConvolutionGradient(WeightGradient):
         return torch.stack(norms).sum(0)
 
     def _pixel_gram_norms(self, inputs: Tensor, outputs: Tensor, units: int, each: int) -> Tensor:
-        geometry = self._geometry
-        padded = _padded(inputs, geometry.padding)
-        shape, out = padded.shape[2:], outputs.shape[2:]
-        pixels = _by_unit(padded, units)
+        pixels = _by_unit(inputs, units)
         gram = product(pixels.transpose(1, 2), pixels, self.dtype)
-        gram = gram.view(units, each, *shape, each, *shape)
-        patches = gram.new_zeros(units, each, *out, each, *out)
-        for window in _windows(geometry, out):
-            patches += gram[(slice(None), slice(None), *window, slice(None), *window)]
+        gram = gram.view(units, each, *inputs.shape[2:], each, *inputs.shape[2:])
+        for dim in range(inputs.ndim - 2):
+            gram = _shifted_sums(gram, self._geometry, dim, outputs.shape[2 + dim])
         gradients = _by_unit(outputs, units)
         other = product(gradients.transpose(1, 2), gradients, self.dtype)
-        return inner_products(patches.reshape(other.shape), other)
+        return inner_products(gram.view(other.shape), other)
+
+
+def _columns(images: Tensor, units: int, geometry: Geometry, out: Sequence[int]) -> Tensor:
+    """Patches under the kernel: ``[units, channels * prod(k), positions]``."""
+    if math.prod(geometry.kernel) == 1 and not any(geometry.padding):
+        steps = tuple(slice(None, None, s) for s in geometry.stride)
+        return _by_unit(images[(slice(None), slice(None), *steps)], units)
+    return _unfolded(images, units, geometry.padding, _windows(geometry, out), out)
+
+
+def _unfolded(
+    images: Tensor,
+    units: int,
+    padding: Sequence[int],
+    windows: Iterable[tuple[slice, ...]],
+    out: Sequence[int],
+) -> Tensor:
+    """``[units, channels * windows, positions]``: what each window of size ``out`` shows."""
+    padded = _padded(images, padding)
+    each, channels = len(images) // units, images.shape[1]
+    padded = padded.view(units, each, *padded.shape[1:]).transpose(1, 2)
+    views = [padded[(slice(None), slice(None), slice(None), *window)] for window in windows]
+    columns = images.new_empty((units, channels, len(views), each, *out))
+    for position, view in enumerate(views):
+        columns[:, :, position] = view
+    return columns.view(units, -1, each * math.prod(out))
+
+
+def _shifted_sums(gram: Tensor, geometry: Geometry, dim: int, out: int) -> Tensor:
+    """Gram matrix of patches from that of pixels, along one dimension of the kernel."""
+    rows, columns = 2 + dim, 3 + len(geometry.kernel) + dim
+    size, stride = gram.shape[rows], geometry.stride[dim]
+    shape = list(gram.shape)
+    shape[rows] = shape[columns] = out
+    total = gram.new_zeros(shape)
+    for offset in range(geometry.kernel[dim]):
+        shift = offset * geometry.dilation[dim] - geometry.padding[dim]
+        # Positions whose pixel at this offset is not padding, which would add nothing.
+        first = max(0, -(shift // stride))
+        n = min(out, (size - 1 - shift) // stride + 1) - first
+        if n > 0:
+            pixels = slice(first * stride + shift, (first + n - 1) * stride + shift + 1, stride)
+            met = _both(gram, rows, columns, pixels)
+            _both(total, rows, columns, slice(first, first + n)).add_(met)
+    return total
+
+
+def _both(gram: Tensor, rows: int, columns: int, of: slice) -> Tensor:
+    index = [slice(None)] * gram.ndim
+    index[rows] = index[columns] = of
+    return gram[tuple(index)]
 
 
 def _by_unit(rows: Tensor, units: int) -> Tensor:

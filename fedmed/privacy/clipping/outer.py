@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -131,9 +132,23 @@ class WeightGradient(ABC):
 
 def squared_norms(gradients: Tensor) -> Tensor:
     """Squared Euclidean norm of each row of ``[units, ...]``."""
-    rows = gradients.reshape(len(gradients), -1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(gradients.permute(_order(gradients)).flatten(1), dim=1)
     return norms.square_()
+
+
+def weighted_sum(gradients: Tensor, factors: Tensor) -> Tensor:
+    """The sum over units of factor times gradient, ``[units, *shape]`` to ``[*shape]``."""
+    order = _order(gradients)
+    rows = gradients.permute(order)
+    total = torch.mv(rows.flatten(1).t(), factors.to(rows.dtype)).view(rows.shape[1:])
+    back = sorted(range(len(order) - 1), key=lambda d: order[d + 1])
+    return total.permute(back).contiguous()
+
+
+def _order(gradients: Tensor) -> list[int]:
+    """Dimensions as they lie in memory, units first: a gradient may be a permuted view."""
+    inner = range(1, gradients.ndim)
+    return [0, *sorted(inner, key=lambda d: (-gradients.stride(d), d))]
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,19 +164,52 @@ def gram_norms(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``|a^T b|^2`` of each unit, for ``a`` ``[units, K, p]`` and ``b`` ``[units, K, q]``."""
     if a.shape[1] == 1:
         return a.to(dtype).square().sum((1, 2)) * b.to(dtype).square().sum((1, 2))
-    return inner_products(
-        product(a, a.transpose(1, 2), dtype), product(b, b.transpose(1, 2), dtype)
-    )
+    norms = _Norms()
+    for first, last in pairwise(_strips(a)):
+        beyond = slice(first, None)  # by symmetry the columns before were met from the other side
+        norms.add(
+            product(a[:, first:last], a[:, beyond].transpose(1, 2), dtype),
+            product(b[:, first:last], b[:, beyond].transpose(1, 2), dtype),
+        )
+    return norms.total()
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """``<a, b>`` of each unit's Gram matrices ``[units, K, K]``, safely not too small.
+    """``<a, b>`` of each unit's Gram matrices ``[units, K, K]``. Overwrites ``a``."""
+    norms = _Norms()
+    norms.add(a, b)
+    return norms.total()
+
+
+def _strips(a: Tensor) -> list[int]:
+    """Where to cut ``[units, K, p]``: four strips need 10 blocks of 16, small ones are slow."""
+    n = 1 if a.is_cuda or a.shape[1] < 32 else 2 if a.shape[1] < 128 else 4
+    return [a.shape[1] * i // n for i in range(n + 1)]
+
+
+class _Norms:
+    """Sums ``<a, b>`` over strips of Gram matrices, safely not too small.
 
     Where positions cancel, rounding in the terms may hide a gradient that is far larger than the
     computed norm. The terms are at most ``(sum_l |x_l| |g_l|)^2`` together, which the diagonals
-    give, so a few rounding errors of that are added. Overwrites ``a``.
+    give, so a few rounding errors of that are added.
     """
-    diagonals = torch.diagonal(a, dim1=1, dim2=2) * torch.diagonal(b, dim1=1, dim2=2)
-    most = diagonals.clamp_(min=0.0).sqrt_().sum(1).square_()
-    rounding = _ROUNDING * torch.finfo(a.dtype).eps
-    return a.mul_(b).sum((1, 2)).clamp_(min=0.0).add_(most, alpha=rounding)
+
+    def __init__(self) -> None:
+        self._inner: list[Tensor] = []
+        self._roots: list[Tensor] = []
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """A strip ``[units, rows, from its own square on]`` of each matrix; overwrites ``a``."""
+        diagonals = torch.diagonal(a, dim1=1, dim2=2) * torch.diagonal(b, dim1=1, dim2=2)
+        self._roots.append(diagonals.clamp_(min=0.0).sqrt_().sum(1))
+        a.mul_(b)
+        self._inner.append(a[:, :, : a.shape[1]].sum((1, 2)))
+        if a.shape[2] > a.shape[1]:
+            self._inner.append(a[:, :, a.shape[1] :].sum((1, 2)).mul_(2.0))
+
+    def total(self) -> Tensor:
+        """The squared norms, ``[units]``."""
+        rounding = _ROUNDING * torch.finfo(self._inner[0].dtype).eps
+        most = torch.stack(self._roots).sum(0).square_()
+        return torch.stack(self._inner).sum(0).clamp_(min=0.0).add_(most, alpha=rounding)
