@@ -163,14 +163,19 @@ class ConvolutionGradient(WeightGradient):
         return weight_gradient(inputs, outputs, wide).view(span.units, q, *rest)
 
     def _unfold_products(self, span: Span) -> Tensor:
-        parts = []
-        for portion in self._portions(span):
+        q, *rest = self._geometry.weight
+        result = self.inputs.new_empty((span.units, q, math.prod(rest)))
+        # A kernel of one pixel needs no columns, whose memory portions bound.
+        for portion in [span] if math.prod(rest[1:]) == 1 else self._portions(span):
             inputs, outputs, _ = self._rows(portion)
             columns = _columns(inputs, portion.units, self._geometry, outputs.shape[2:])
-            gradients = _by_unit(outputs, portion.units)
-            parts.append(torch.bmm(gradients, columns.transpose(1, 2)))
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.view(span.units, *self._geometry.weight)
+            first = portion.unit - span.unit
+            torch.bmm(
+                _by_unit(outputs, portion.units),
+                columns.transpose(1, 2),
+                out=result[first : first + portion.units],
+            )
+        return result.view(span.units, *self._geometry.weight)
 
     def _unfold_outputs(self, span: Span) -> Tensor:
         """Patches of outputs instead, cheaper where they have fewer channels; at stride 1.
