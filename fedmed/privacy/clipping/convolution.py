@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fedmed.errors import IncompatibleModel
 from fedmed.privacy.clipping.correlation import ConvolutionGradient, Geometry
+from fedmed.privacy.clipping.outer import owned
 from fedmed.privacy.clipping.tape import REMEDY, Slot, Tape, autocast
 
 
@@ -38,6 +39,7 @@ class _Convolution(torch.autograd.Function):
         tape: Tape = ctx.tape
         geometry: Geometry = ctx.geometry
         weight_slot, bias_slot = ctx.slots
+        gradient = owned(gradient)  # once: a library would copy part of a tensor for each product
         if weight_slot is not None:
             inputs, outputs = (gradient, x) if geometry.transposed else (x, gradient)
             parts = ConvolutionGradient(tape.layout, weight_slot.dtype, inputs, outputs, geometry)

@@ -58,6 +58,10 @@ class WeightGradient(ABC):
         """Bytes that are kept alive if the gradient is formed later."""
         return self.inputs.nbytes + self.outputs.nbytes
 
+    def own(self) -> None:
+        """Let go of what the factors are parts of, before they are kept."""
+        self.inputs, self.outputs = owned(self.inputs), owned(self.outputs)
+
     def forget(self, units: Tensor) -> None:
         """Let the units that ``units`` (bool, ``[units]``) marks count as zero in sums."""
         rows = self.layout.spread(units, len(self.inputs))
@@ -128,6 +132,11 @@ class WeightGradient(ABC):
             )
             for first in range(0, span.units, at_once)
         ]
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """A copy where ``tensor`` is part of a larger one, which it would keep in memory."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def squared_norms(gradients: Tensor) -> Tensor:

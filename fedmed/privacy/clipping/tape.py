@@ -193,6 +193,7 @@ class Tape:
         if way.sums is None:
             self._add(slot, gradient.by_unit(way.norms))
         else:
+            gradient.own()
             norms = gradient.squared_norms(way.norms)
             self._deferred[slot] = _Deferred(norms, gradient, way.sums)
 
