@@ -46,7 +46,7 @@ class Chooser:
 
     def __init__(self, force: Way | None = None) -> None:
         self._force = force
-        self._best: dict[Hashable, Way] = {}
+        self._best: dict[Hashable, tuple[Way, int]] = {}  # and for how many units last
 
     def choose(self, gradient: WeightGradient, *, may_defer: bool) -> Way:
         """The way for one weight; one that keeps gradients unless the sum may be deferred."""
@@ -54,10 +54,10 @@ class Chooser:
         per_unit = gradient.layout.spans[-1].per_unit
         device = gradient.inputs.device.type
         key = (gradient.key, bucket, per_unit, may_defer, device, torch.get_num_threads())
-        way = self._best.get(key)
-        if way is None or not _offered(way, gradient):
+        way, units = self._best.get(key, (None, 0))
+        if way is None or (units != gradient.layout.units and not _offered(way, gradient)):
             way = self._forced(gradient, may_defer) or _measure(gradient, may_defer)
-            self._best[key] = way
+        self._best[key] = way, gradient.layout.units
         return way
 
     def _forced(self, gradient: WeightGradient, may_defer: bool) -> Way | None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedmed.errors import IncompatibleModel
-from fedmed.privacy.clipping.correlation import ConvolutionGradient, Geometry
+from fedmed.privacy.clipping.correlation import ConvolutionGradient
 from fedmed.privacy.clipping.outer import owned
+from fedmed.privacy.clipping.patches import Geometry
 from fedmed.privacy.clipping.tape import REMEDY, Slot, Tape, autocast
 
 
@@ -29,7 +30,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tape, ctx.slots, ctx.geometry = tape, slots, geometry
-        result: Tensor = torch.ops.aten.convolution(x, weight, bias, *geometry.arguments)
+        result: Tensor = torch.convolution(x, weight, bias, *geometry.arguments)
         return result
 
     @staticmethod
@@ -48,7 +49,7 @@ class _Convolution(torch.autograd.Function):
             tape.add_rows(bias_slot, gradient.flatten(2).sum(2, dtype=bias_slot.dtype))
         through = None
         if ctx.needs_input_grad[0] and not tape.is_root(x):
-            through = torch.ops.aten.convolution_backward(
+            through = torch.ops.aten.convolution_backward.default(
                 gradient, x, weight, None, *geometry.arguments, [True, False, False]
             )[0]
         return through, None, None, None, None, None

@@ -6,54 +6,25 @@ two change places, and everything else is the same.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedmed.privacy.clipping.layout import Layout, Span
 from fedmed.privacy.clipping.outer import WeightGradient, gram_norms, inner_products, product
+from fedmed.privacy.clipping.patches import (
+    Geometry,
+    columns,
+    pixels_by_unit,
+    shifted_sums,
+    turned_columns,
+)
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a kernel moves over an image; one entry a spatial dimension.
-
-    Attributes:
-        weight: shape of the weight, ``[channels of outputs, channels of inputs / groups, *k]``,
-            where inputs and outputs are those of the correlation, not of the layer.
-        transposed: whether the layer is a transposed convolution.
-    """
-
-    weight: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    output_padding: tuple[int, ...]
-    groups: int
-    transposed: bool
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """Spatial shape of the kernel."""
-        return self.weight[2:]
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """As aten's convolution and its backward take them."""
-        return (
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-        )
+_SMALL: Final = 1 << 22  # bytes of columns that no network notices
 
 
 class ConvolutionGradient(WeightGradient):
@@ -91,10 +62,14 @@ class ConvolutionGradient(WeightGradient):
         """See :meth:`WeightGradient.forms`."""
         ways = {"loop": self._loop, "grouped": self._grouped}
         geometry = self._geometry
+        q, p, *kernel = geometry.weight
+        pointwise = math.prod(kernel) == 1
+        dense = set(geometry.stride) == {1} and not any(geometry.output_padding)
         if geometry.groups == 1:
-            ways["unfold"] = self._unfold_products
-            dense = set(geometry.stride) == {1} and not any(geometry.output_padding)
-            if dense and geometry.weight[0] < geometry.weight[1] and math.prod(geometry.kernel) > 1:
+            if pointwise or self._columns_bytes(self.outputs, p) <= self._room:
+                ways["unfold"] = self._unfold_products
+            fewer = dense and q < p and not pointwise
+            if fewer and self._columns_bytes(self.inputs, q) <= self._room:
                 ways["unfold outputs"] = self._unfold_outputs
         return ways
 
@@ -132,8 +107,8 @@ class ConvolutionGradient(WeightGradient):
     def _weighted_unfolded(self, factors: Tensor) -> Tensor:
         """One product for the whole batch: libraries are slow where images are tiny."""
         inputs, outputs = self.scaled(factors)
-        columns = _columns(inputs, 1, self._geometry, outputs.shape[2:])[0]
-        return (_by_unit(outputs, 1)[0] @ columns.t()).view(self._geometry.weight)
+        patches = columns(inputs, 1, self._geometry, outputs.shape[2:])[0]
+        return (pixels_by_unit(outputs, 1)[0] @ patches.t()).view(self._geometry.weight)
 
     def _rows(self, span: Span) -> tuple[Tensor, Tensor, int]:
         fold = len(self.inputs) // self.layout.samples
@@ -162,43 +137,53 @@ class ConvolutionGradient(WeightGradient):
         wide = replace(self._geometry, weight=(span.units * q, *rest), groups=groups)
         return weight_gradient(inputs, outputs, wide).view(span.units, q, *rest)
 
+    @property
+    def _room(self) -> int:
+        """Bytes that columns may take at once."""
+        return max(self.held, _SMALL)
+
+    def _columns_bytes(self, positions: Tensor, channels: int) -> int:
+        """Of the columns of the largest unit, with one for each pixel of ``positions``."""
+        worst = max(span.per_unit for span in self.layout.spans)
+        pixels = positions[0, 0].numel() * len(positions) // self.layout.samples * worst
+        return pixels * channels * math.prod(self._geometry.kernel) * positions.itemsize
+
     def _unfold_products(self, span: Span) -> Tensor:
-        q, *rest = self._geometry.weight
-        result = self.inputs.new_empty((span.units, q, math.prod(rest)))
-        # A kernel of one pixel needs no columns, whose memory portions bound.
-        for portion in [span] if math.prod(rest[1:]) == 1 else self._portions(span):
+        q, p, *kernel = self._geometry.weight
+        result = self.inputs.new_empty((span.units, q, p * math.prod(kernel)))
+        # A kernel of one pixel is its own column.
+        each = 0 if math.prod(kernel) == 1 else self._columns_bytes(self.outputs, p)
+        for portion in self._portions(span, each, self._room):
             inputs, outputs, _ = self._rows(portion)
-            columns = _columns(inputs, portion.units, self._geometry, outputs.shape[2:])
-            first = portion.unit - span.unit
+            patches = columns(inputs, portion.units, self._geometry, outputs.shape[2:])
             torch.bmm(
-                _by_unit(outputs, portion.units),
-                columns.transpose(1, 2),
-                out=result[first : first + portion.units],
+                pixels_by_unit(outputs, portion.units),
+                patches.transpose(1, 2),
+                out=result[portion.unit - span.unit :][: portion.units],
             )
         return result.view(span.units, *self._geometry.weight)
 
     def _unfold_outputs(self, span: Span) -> Tensor:
-        """Patches of outputs instead, cheaper where they have fewer channels; at stride 1.
-
-        An input pixel meets the outputs around it, with the kernel turned round.
-        """
-        inputs, outputs, _ = self._rows(span)
-        geometry, out = self._geometry, inputs.shape[2:]
-        q, p, *kernel = geometry.weight
-        sides = zip(geometry.dilation, kernel, geometry.padding, strict=True)
-        padding = [d * (k - 1) - side for d, k, side in sides]
-        windows = reversed(list(_windows(geometry, out)))
-        columns = _unfolded(outputs, span.units, padding, windows, out)
-        products = torch.bmm(columns, _by_unit(inputs, span.units).transpose(1, 2))
-        return products.view(span.units, q, *kernel, p).movedim(-1, 2)
+        """Patches of outputs instead: cheaper where they have fewer channels; at stride 1."""
+        q, p, *kernel = self._geometry.weight
+        result = self.inputs.new_empty((span.units, q * math.prod(kernel), p))
+        each = self._columns_bytes(self.inputs, q)
+        for portion in self._portions(span, each, self._room):
+            inputs, outputs, _ = self._rows(portion)
+            torch.bmm(
+                turned_columns(outputs, portion.units, self._geometry, inputs.shape[2:]),
+                pixels_by_unit(inputs, portion.units).transpose(1, 2),
+                out=result[portion.unit - span.unit :][: portion.units],
+            )
+        return result.view(span.units, q, *kernel, p).movedim(-1, 2)
 
     def _gram(self, span: Span) -> Tensor:
         inputs, outputs, _ = self._rows(span)
         groups = self._geometry.groups
         norms = [
             gram_norms(
-                _columns(a, span.units, self._geometry, b.shape[2:]).transpose(1, 2),
-                _by_unit(b, span.units).transpose(1, 2),
+                columns(a, span.units, self._geometry, b.shape[2:]).transpose(1, 2),
+                pixels_by_unit(b, span.units).transpose(1, 2),
                 self.dtype,
             )
             for a, b in zip(inputs.chunk(groups, 1), outputs.chunk(groups, 1), strict=True)
@@ -216,95 +201,21 @@ class ConvolutionGradient(WeightGradient):
         return torch.stack(norms).sum(0)
 
     def _pixel_gram_norms(self, inputs: Tensor, outputs: Tensor, units: int, each: int) -> Tensor:
-        pixels = _by_unit(inputs, units)
+        pixels = pixels_by_unit(inputs, units)
         gram = product(pixels.transpose(1, 2), pixels, self.dtype)
         gram = gram.view(units, each, *inputs.shape[2:], each, *inputs.shape[2:])
         for dim in range(inputs.ndim - 2):
-            gram = _shifted_sums(gram, self._geometry, dim, outputs.shape[2 + dim])
-        gradients = _by_unit(outputs, units)
+            gram = shifted_sums(gram, self._geometry, dim, outputs.shape[2 + dim])
+        gradients = pixels_by_unit(outputs, units)
         other = product(gradients.transpose(1, 2), gradients, self.dtype)
         return inner_products(gram.view(other.shape), other)
-
-
-def _columns(images: Tensor, units: int, geometry: Geometry, out: Sequence[int]) -> Tensor:
-    """Patches under the kernel: ``[units, channels * prod(k), positions]``."""
-    if math.prod(geometry.kernel) == 1 and not any(geometry.padding):
-        steps = tuple(slice(None, None, s) for s in geometry.stride)
-        return _by_unit(images[(slice(None), slice(None), *steps)], units)
-    return _unfolded(images, units, geometry.padding, _windows(geometry, out), out)
-
-
-def _unfolded(
-    images: Tensor,
-    units: int,
-    padding: Sequence[int],
-    windows: Iterable[tuple[slice, ...]],
-    out: Sequence[int],
-) -> Tensor:
-    """``[units, channels * windows, positions]``: what each window of size ``out`` shows."""
-    padded = _padded(images, padding)
-    each, channels = len(images) // units, images.shape[1]
-    padded = padded.view(units, each, *padded.shape[1:]).transpose(1, 2)
-    views = [padded[(slice(None), slice(None), slice(None), *window)] for window in windows]
-    columns = images.new_empty((units, channels, len(views), each, *out))
-    for position, view in enumerate(views):
-        columns[:, :, position] = view
-    return columns.view(units, -1, each * math.prod(out))
-
-
-def _shifted_sums(gram: Tensor, geometry: Geometry, dim: int, out: int) -> Tensor:
-    """Gram matrix of patches from that of pixels, along one dimension of the kernel."""
-    rows, columns = 2 + dim, 3 + len(geometry.kernel) + dim
-    size, stride = gram.shape[rows], geometry.stride[dim]
-    shape = list(gram.shape)
-    shape[rows] = shape[columns] = out
-    total = gram.new_zeros(shape)
-    for offset in range(geometry.kernel[dim]):
-        shift = offset * geometry.dilation[dim] - geometry.padding[dim]
-        # Positions whose pixel at this offset is not padding, which would add nothing.
-        first = max(0, -(shift // stride))
-        n = min(out, (size - 1 - shift) // stride + 1) - first
-        if n > 0:
-            pixels = slice(first * stride + shift, (first + n - 1) * stride + shift + 1, stride)
-            met = _both(gram, rows, columns, pixels)
-            _both(total, rows, columns, slice(first, first + n)).add_(met)
-    return total
-
-
-def _both(gram: Tensor, rows: int, columns: int, of: slice) -> Tensor:
-    index = [slice(None)] * gram.ndim
-    index[rows] = index[columns] = of
-    return gram[tuple(index)]
-
-
-def _by_unit(rows: Tensor, units: int) -> Tensor:
-    """``[units * each, channels, *S]`` as ``[units, channels, each * prod(S)]``."""
-    each = len(rows) // units
-    if each == 1:
-        return rows.flatten(2)
-    return rows.view(units, each, *rows.shape[1:]).transpose(1, 2).flatten(2)
-
-
-def _windows(geometry: Geometry, out: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """For each offset of the kernel, the pixels of the padded input that it meets."""
-    for offset in itertools.product(*(range(k) for k in geometry.kernel)):
-        yield tuple(
-            slice(d * o, d * o + s * (t - 1) + 1, s)
-            for d, o, s, t in zip(geometry.dilation, offset, geometry.stride, out, strict=True)
-        )
-
-
-def _padded(inputs: Tensor, padding: Sequence[int]) -> Tensor:
-    if not any(padding):
-        return inputs
-    return F.pad(inputs, [p for side in reversed(padding) for p in (side, side)])
 
 
 def weight_gradient(inputs: Tensor, outputs: Tensor, geometry: Geometry) -> Tensor:
     """The correlation of ``inputs`` with ``outputs``, summed over rows; the weight's shape."""
     x, gradient = (outputs, inputs) if geometry.transposed else (inputs, outputs)
     weight = inputs.new_empty(1).expand(geometry.weight)  # only its shape is read
-    result: Tensor = torch.ops.aten.convolution_backward(
+    result: Tensor = torch.ops.aten.convolution_backward.default(
         gradient, x, weight, None, *geometry.arguments, [False, True, False]
     )[1]
     return result

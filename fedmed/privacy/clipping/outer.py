@@ -115,14 +115,13 @@ class WeightGradient(ABC):
             parts = [
                 squared_norms(form(piece).to(self.dtype))
                 for span in self.layout.spans
-                for piece in self._portions(span)
+                for piece in self._portions(span, self.size * self.dtype.itemsize, self.held)
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _portions(self, span: Span) -> list[Span]:
-        """Parts of a span whose gradients, formed at once, stay near what is held anyway."""
-        bytes_each = self.size * self.dtype.itemsize
-        at_once = max(1, min(span.units, self.held // max(1, bytes_each)))
+    def _portions(self, span: Span, bytes_each: int, limit: int) -> list[Span]:
+        """Parts of a span whose units, with ``bytes_each``, need at most ``limit`` at once."""
+        at_once = max(1, min(span.units, limit // max(1, bytes_each)))
         return [
             Span(
                 span.unit + first,
@@ -156,8 +155,8 @@ def weighted_sum(gradients: Tensor, factors: Tensor) -> Tensor:
 
 def _order(gradients: Tensor) -> list[int]:
     """Dimensions as they lie in memory, units first: a gradient may be a permuted view."""
-    inner = range(1, gradients.ndim)
-    return [0, *sorted(inner, key=lambda d: (-gradients.stride(d), d))]
+    strides = gradients.stride()
+    return [0, *sorted(range(1, gradients.ndim), key=lambda d: -strides[d])]
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
