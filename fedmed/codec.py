@@ -90,9 +90,20 @@ def _build_scalar(kind: Any, value: Any, where: str) -> Any:
         if not abs(value) <= sys.float_info.max:  # also NaN, and integers that no float holds
             raise _wrong(where, "a finite number")
         return float(value)
+    if kind is str and isinstance(value, str) and not _is_unicode(value):
+        raise _wrong(where, "text")
     if kind in (int, str, bool) and type(value) is kind:
         return value
     raise _wrong(where, getattr(kind, "__name__", str(kind)))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether text can be written: JSON's escapes can spell halves of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _build_union(kind: Any, value: Any, where: str) -> Any:
@@ -119,7 +130,8 @@ def _build_record(kind: type[T], value: Any, where: str, **given: Any) -> T:
     declared = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     for name in value:
         if name not in declared or name in given:
-            raise ConfigError(f"unknown field {where}.{name}", "the sender's version may differ")
+            shown = "".join(c if c.isprintable() else " " for c in name[:64])
+            raise ConfigError(f"unknown field {where}.{shown}", "the sender's version may differ")
     out = dict(given)
     for name, f in declared.items():
         if name in value:

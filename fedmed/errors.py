@@ -13,9 +13,16 @@
     │   └── BudgetExhausted          the cohort's privacy budget would be passed
     ├── LedgerError                  the ledger cannot be read or written: nothing was trained
     ├── AuditError                   the audit log's chain is broken
+    ├── TrainingFailed               a site's local training broke off: nothing was released
     ├── FederationError              a round or a run that cannot go on
     │   ├── QuorumNotMet             fewer sites answered than the plan demands
-    │   └── UpdateRejected           a site's answer failed validation
+    │   ├── UpdateRejected           a site's answer failed validation
+    │   ├── StoreError               the coordinator's database cannot be used now
+    │   └── RunStopped               an operator stopped the run
+    ├── TrustError                   a key, certificate or signature that cannot be relied on
+    ├── LinkError                    the network between coordinator and site
+    │   ├── Unreachable              nobody answers: worth another try later
+    │   └── LinkRefused              the other side said no; carries its status
     └── RunInterrupted               exit 130: stopped by the user, the run can be resumed
 
 Each message is one line: what is wrong, where, and the remedy after a semicolon. No message
@@ -87,6 +94,10 @@ class AuditError(FedmedError):
     """An audit log fails verification."""
 
 
+class TrainingFailed(FedmedError):
+    """A site's local training broke off; nothing was released, what it was charged stays."""
+
+
 class FederationError(FedmedError):
     """A federated round or run cannot go on."""
 
@@ -97,6 +108,38 @@ class QuorumNotMet(FederationError):
 
 class UpdateRejected(FederationError):
     """A site's update failed validation and was not aggregated."""
+
+
+class StoreError(FederationError):
+    """The coordinator's database cannot be read or written."""
+
+
+class RunStopped(FederationError):
+    """An operator stopped the run; its last checkpoint stands."""
+
+
+class TrustError(FedmedError):
+    """A key, certificate or signature cannot be relied on."""
+
+
+class LinkError(FedmedError):
+    """The link between coordinator and site failed."""
+
+
+class Unreachable(LinkError):
+    """Nobody answers at the other end; worth another try later."""
+
+
+class LinkRefused(LinkError):
+    """The other side refused a request.
+
+    Args:
+        status: its HTTP status.
+    """
+
+    def __init__(self, status: int, problem: str, remedy: str = "") -> None:
+        self.status = status
+        super().__init__(problem, remedy)
 
 
 class CheckpointError(UsageError):

@@ -11,10 +11,13 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_writer(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, mode: int = 0o644, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file that takes its final name only when the block ends well.
 
-    Durable when the block is left; on any error the old file stays and nothing is left beside.
+    On any error the old file stays and nothing is left beside.
+
+    Args:
+        durable: on disk when the block is left, so that a power cut does not undo it.
 
     Raises:
         OSError: the folder is full, missing or not writable. Callers say whose file it was.
@@ -25,7 +28,8 @@ def atomic_writer(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
             os.fchmod(file.fileno(), mode)
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

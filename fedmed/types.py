@@ -348,6 +348,12 @@ class PackedArrays:
         """Payload in bytes."""
         return sum(b.nbytes for b in self.buffers.values())
 
+    def tensor(self, entry: TensorEntry) -> NDArray[np.generic]:
+        """One tensor in its shape, without copying."""
+        size = math.prod(entry.shape)
+        flat = self.buffers[entry.buffer][entry.offset : entry.offset + size]
+        return flat.reshape(entry.shape)
+
     def sha256(self) -> str:
         """Hash over table and contents, independent of dict order."""
         digest = hashlib.sha256(json.dumps([asdict(e) for e in self.table]).encode())

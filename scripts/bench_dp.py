@@ -1,4 +1,4 @@
-"""One gradient with per-patient clipping against one without: time, memory, images a second.
+"""One gradient with per-patient clipping against one without: time, memory, exactness, floors.
 
 Every mode gets the same network, the same batch and does the work up to the gradient that an
 optimiser would read (without noise, which costs all private modes the same):
@@ -11,229 +11,62 @@ optimiser would read (without noise, which costs all private modes the same):
     opacus-ghost      Opacus: fast gradient clipping
     opacus-functorch  Opacus: GradSampleModule with functorch for every layer
 
-Laps of all modes alternate (A B C, A B C, ...), so that whatever else the machine does hits all of
-them; ratios are taken lap by lap, medians and quartiles are shown. Memory: the most that torch had
-allocated at once during a step, beyond what it had before it (the network and its input), from the
-profiler's record on the CPU and from the allocator on a GPU. A mode that fails is shown with its
-error.
+Time: laps of all modes alternate (A B C, A B C, ...), so that whatever else the machine does hits
+all of them; ratios over plain are taken lap by lap, medians and quartiles are shown.
+
+Memory: the most that torch had allocated at once during a step, beyond what it had before it (the
+network and its input), from the profiler's record on the CPU and from the allocator on a GPU.
+
+Exactness: each private mode's clipped sum against autograd's, one backward pass a patient, all of
+them clipped. One that is off by more than 1e-3 of the sum's norm is tried on a few images in
+float64, where rounding explains nothing, and marked WRONG if it still is. In reduced precision the
+error is shown and not judged.
+
+A mode that fails is shown with its error.
+
+--floors adds each step's arithmetic (matrix products and convolutions, as dispatched, backward pass
+included), and three times that it would take at the peaks which this machine shows in a large
+float32 matrix product (of the given precision with --precision) and a large copy:
+    FLOPs               nothing but that arithmetic
+    least bytes         parameters read twice, gradients written, images read twice, what the
+                        forward pass saves for the backward pass written and read once; for our
+                        modes also what waits for the clipping factors; not known for others
+    bytes by operation  each operation reads its inputs and writes its results, nothing is fused
+
+--profile shows where the time of fedmed goes beside that of plain, every operation timed, in
+milliseconds: forward pass, gradients of inputs, of weights (batched, by unit, Gram norms, weighted
+sums with the norms of what is kept), normalisation and element-wise parameters in both passes, and
+other: Python, autograd, interception. The shortest of the laps; with --threads 1 in CPU time, which
+other processes disturb less.
+
+examples:
+  scripts/bench_dp --laps 5 --json dp.json
+  scripts/bench_dp --models resnet18,vit --modes plain,fedmed --threads 1 --floors
+  OMP_NUM_THREADS=1 scripts/bench_dp --modes plain,fedmed --laps 5 --threads 1 --no-memory --profile
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import itertools
 import json
-import os
-import platform
-import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from bench_dp_floors import measure_cost, measure_peaks
+from bench_dp_modes import CASES, MODES, Bench, Step
+from bench_dp_profile import measure_profiles, table
+from bench_dp_rows import TOLERANCE, Measured, Row, line, make_row
 
-from fedmed.models.factory import MODELS, build_model
-from fedmed.models.losses import default_loss, make_loss
-from fedmed.privacy.clipping.bookkeeping import BookKeepingGradients
-from fedmed.privacy.compat import make_compatible
-from fedmed.privacy.gradients import VmapGradients
-from fedmed.types import ModelSpec, TaskKind, TaskSpec
-
-MODES = (
-    "plain",
-    "fedmed",
-    "fedmed-patients",
-    "vmap",
-    "opacus-hooks",
-    "opacus-ghost",
-    "opacus-functorch",
-)
-BOUND = 1.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A network and the batch it gets."""
-
-    model: str
-    image_size: tuple[int, ...]
-    batch: int
-    params: dict[str, Any]
-
-
-CASES = {
-    "densenet121": Case("densenet121", (128, 128), 16, {}),
-    "resnet18": Case("resnet18", (128, 128), 16, {}),
-    "resnet50": Case("resnet50", (128, 128), 16, {}),
-    "vit": Case("vit", (128, 128), 8, {}),
-    "unet": Case("unet", (48, 48, 48), 4, {}),
-    "dynunet": Case("dynunet", (48, 48, 48), 2, {}),
-    "segresnet": Case("segresnet", (48, 48, 48), 4, {}),
-    "swin_unetr": Case("swin_unetr", (64, 32, 32), 2, {}),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A mode's result on a network; ratios are over plain, lap by lap."""
-
-    model: str
-    mode: str
-    device: str
-    time_ratio: float | None
-    memory_ratio: float | None
-    seconds: float | None
-    spread: tuple[float, float] | None
-    images_per_second: float | None
-    memory_mb: float | None
-    error: str | None
-    batch: int
-    image_size: tuple[int, ...]
-    precision: str
-    machine: str
-    load: tuple[float, float]
-
-
-class Bench:
-    """One network, its batch, and a function for each mode."""
-
-    def __init__(
-        self,
-        case: Case,
-        device: torch.device,
-        precision: str,
-        channels_last: bool,
-    ) -> None:
-        dims = len(case.image_size)
-        kind = TaskKind.SEGMENTATION if MODELS[case.model].is_segmentation else TaskKind.MULTICLASS
-        task = TaskSpec(kind, ("a", "b", "c"), dims, 1, case.image_size)
-        torch.manual_seed(0)
-        network, _ = make_compatible(build_model(ModelSpec(case.model, case.params), task))
-        layout = torch.preserve_format
-        if channels_last:
-            layout = torch.channels_last if dims == 2 else torch.channels_last_3d
-        self.network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
-        self.loss = make_loss(default_loss(task), task)
-        self.images = torch.randn(case.batch, 1, *case.image_size, device=device)
-        self.images = self.images.contiguous(memory_format=layout)
-        shape = (
-            (case.batch, 1, *case.image_size) if kind is TaskKind.SEGMENTATION else (case.batch,)
-        )
-        self.targets = torch.randint(0, 3, shape, device=device)
-        self.device = device
-        self._precision = precision
-
-    def autocast(self) -> Any:
-        """The precision in which the network runs."""
-        if self._precision == "fp32":
-            return nullcontext()
-        dtype = torch.bfloat16 if self._precision == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype)
-
-    def step(self, mode: str) -> Callable[[], None]:
-        """One gradient in ``mode``."""
-        makers: dict[str, Callable[[], Callable[[], None]]] = {
-            "plain": lambda: self._plain,
-            "fedmed": lambda: self._ours(BookKeepingGradients(len(self.images)), 1),
-            "fedmed-patients": lambda: self._ours(BookKeepingGradients(len(self.images)), 4),
-            "vmap": lambda: self._ours(VmapGradients(len(self.images)), 1),
-            "opacus-hooks": lambda: self._hooks(functorch=False),
-            "opacus-functorch": lambda: self._hooks(functorch=True),
-            "opacus-ghost": self._ghost,
-        }
-        return makers[mode]()
-
-    def _plain(self) -> None:
-        with self.autocast():
-            loss = self.loss(self.network(self.images), self.targets).mean()
-        torch.autograd.backward(loss)
-        self.network.zero_grad(set_to_none=True)
-
-    def _ours(
-        self, mode: BookKeepingGradients | VmapGradients, per_patient: int
-    ) -> Callable[[], None]:
-        # Two patients at least: the gradient of one alone would be a plain backward pass.
-        per_patient = min(per_patient, len(self.images) // 2)
-        units = torch.arange(len(self.images)) // per_patient
-        n_units = int(units[-1]) + 1
-
-        def run() -> None:
-            with self.autocast():
-                mode.clipped_sum(
-                    self.network, self.loss, self.images, self.targets, units, n_units, BOUND
-                )
-
-        return run
-
-    def _hooks(self, *, functorch: bool) -> Callable[[], None]:
-        from opacus.grad_sample import GradSampleModule
-        from opacus.optimizers import DPOptimizer
-
-        wrapped = GradSampleModule(
-            copy.deepcopy(self.network),
-            loss_reduction="mean",
-            strict=False,
-            force_functorch=functorch,
-        )
-        optimizer = DPOptimizer(
-            torch.optim.SGD(wrapped.parameters(), lr=0.1),
-            noise_multiplier=0.0,
-            max_grad_norm=BOUND,
-            expected_batch_size=len(self.images),
-        )
-
-        def run() -> None:
-            with self.autocast():
-                loss = self.loss(wrapped(self.images), self.targets).mean()
-            torch.autograd.backward(loss)
-            optimizer.clip_and_accumulate()
-            optimizer.zero_grad(set_to_none=True)
-
-        return run
-
-    def _ghost(self) -> Callable[[], None]:
-        from opacus.grad_sample import GradSampleModuleFastGradientClipping
-        from opacus.optimizers import DPOptimizerFastGradientClipping
-        from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
-
-        wrapped = GradSampleModuleFastGradientClipping(
-            copy.deepcopy(self.network),
-            max_grad_norm=BOUND,
-            use_ghost_clipping=True,
-            loss_reduction="mean",
-            strict=False,
-        )
-        optimizer = DPOptimizerFastGradientClipping(
-            torch.optim.SGD(wrapped.parameters(), lr=0.1),
-            noise_multiplier=0.0,
-            max_grad_norm=BOUND,
-            expected_batch_size=len(self.images),
-        )
-
-        def criterion(logits: Tensor, targets: Tensor) -> Tensor:
-            return self.loss(logits, targets)
-
-        criterion.reduction = "mean"  # type: ignore[attr-defined]
-        loss_of = DPLossFastGradientClipping(wrapped, optimizer, criterion, "mean")
-
-        def run() -> None:
-            with self.autocast():
-                loss = loss_of(wrapped(self.images), self.targets)
-            loss.backward()  # Opacus' own: two passes
-            optimizer.accumulate()
-            optimizer.zero_grad(set_to_none=True)
-
-        return run
-
-
-def timed(run: Callable[[], None], device: torch.device) -> float:
+def timed(run: Step, device: torch.device) -> float:
     """Seconds of one call, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -244,41 +77,32 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def laps(
-    bench: Bench, modes: Sequence[str], n: int
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds by mode, one a lap, and the errors of modes that fail."""
-    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
-    errors: dict[str, str] = {}
-    runs: dict[str, Callable[[], None]] = {}
+def laps(bench: Bench, modes: Sequence[str], n: int) -> dict[str, Measured]:
+    """Seconds by mode, one a lap, or the error."""
+    results = {mode: Measured([]) for mode in modes}
     for lap in range(n + 2):
-        for mode in modes:
-            if mode in errors:
+        for mode, result in results.items():
+            if result.error:
                 continue
             try:
-                if mode not in runs:
-                    runs[mode] = bench.step(mode)
-                value = timed(runs[mode], bench.device)
-            except Exception as error:  # a peer that crashes is a result
-                errors[mode] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-                runs.pop(mode, None)
+                result.step = result.step or bench.step(mode)
+                seconds = timed(result.step, bench.device)
+            except Exception as error:
+                result.fail(error)
             else:
                 if lap > 1:  # the first two warm up: libraries choose their kernels, and so do we
-                    seconds[mode].append(value)
-    return seconds, errors
+                    result.seconds.append(seconds)
+    return results
 
 
-def peak_memory(bench: Bench, mode: str, device: torch.device) -> float:
-    """MB that a step needs at its peak beyond what is held before it."""
-    run = bench.step(mode)
+def peak_memory(run: Step, device: torch.device) -> float:
+    """MB that a step needs at its peak beyond what is held before it; it has run before."""
     if device.type == "cuda":
-        run()
         gc.collect()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    run()  # choices are made here
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -292,95 +116,101 @@ def peak_memory(bench: Bench, mode: str, device: torch.device) -> float:
     return float(max(itertools.accumulate(nbytes for _, nbytes in changes))) / 1e6
 
 
+def relative_error(bench: Bench, mode: str, step: Step) -> float:
+    """Of the clipped sum; where float32 leaves a doubt, that in float64."""
+    error = bench.relative_error(mode, step)
+    if bench.precision == "fp32" and not error <= TOLERANCE:
+        few = replace(bench.case, batch=min(bench.case.batch, 4))
+        bench = Bench(few, bench.device, "fp64", channels_last=False)
+        error = bench.relative_error(mode, bench.step(mode))
+    return error
+
+
+def measure(
+    bench: Bench, modes: Sequence[str], arguments: argparse.Namespace
+) -> dict[str, Measured]:
+    """All that is asked for on one network."""
+    results = laps(bench, modes, arguments.laps)
+    for mode, result in results.items():
+        if result.step is None:
+            continue
+        try:
+            if not arguments.no_memory:
+                result.memory_mb = peak_memory(result.step, bench.device)
+            if mode != "plain":
+                result.relative_error = relative_error(bench, mode, result.step)
+            if arguments.floors:
+                result.cost = measure_cost(bench, mode, result.step)
+        except Exception as error:
+            result.fail(error)
+    return results
+
+
+def parse() -> argparse.Namespace:
+    """The command line; names are checked."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench_dp",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--models", default=",".join(CASES), help="by comma; all: %(default)s")
+    add("--modes", default=",".join(MODES), help="by comma; ratios need plain; all: %(default)s")
+    add("--laps", type=int, default=7, help="after two that warm up (default %(default)s)")
+    add("--precision", choices=DTYPES, default="fp32", help="of autocast (default %(default)s)")
+    add("--batch", type=int, default=0, help="images, 2 at least, instead of each network's own")
+    add("--channels-last", action="store_true", help="network and images in that memory format")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
+    add("--no-memory", action="store_true", help="do not measure memory")
+    add("--floors", action="store_true", help="FLOPs and bytes, and the least time for them")
+    add("--profile", action="store_true", help="time by purpose; needs plain and fedmed")
+    add("--json", type=Path, metavar="FILE", help="write the rows there")
+    arguments = parser.parse_args()
+    for kind, known in (("models", CASES), ("modes", MODES)):
+        names = getattr(arguments, kind).split(",")
+        setattr(arguments, kind, names)
+        for name in names:
+            if name not in known:
+                parser.error(f"unknown name {name!r} in --{kind}, use {', '.join(known)}")
+    if arguments.profile and not {"plain", "fedmed"} <= set(arguments.modes):
+        parser.error("--profile compares plain with fedmed, add both to --modes")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"no folder {arguments.json.parent} for --json, make it first")
+    if arguments.laps < 1 or arguments.threads < 1 or arguments.batch < 0 or arguments.batch == 1:
+        parser.error("--laps and --threads are 1 at least, --batch 2")
+    return arguments
+
+
 def main() -> None:
     """Run what is asked for, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(CASES))
-    parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--laps", type=int, default=7)
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--batch", type=int, default=0, help="instead of each case's own")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    models, modes = arguments.models.split(","), arguments.modes.split(",")
-    for kind, given, known in (("model", models, CASES), ("mode", modes, MODES)):
-        for name in given:
-            if name not in known:
-                parser.error(f"unknown {kind} {name!r}, use {', '.join(known)}")
+    arguments = parse()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peaks = measure_peaks(device, DTYPES[arguments.precision]) if arguments.floors else None
+    if peaks:
+        print(f"peaks: {peaks.flops / 1e9:.0f} GFLOP/s, {peaks.bytes / 1e9:.1f} GB/s", flush=True)
     rows: list[Row] = []
-    for name in models:
+    for name in arguments.models:
         case = CASES[name]
         if arguments.batch:
-            case = Case(case.model, case.image_size, arguments.batch, case.params)
-        bench = Bench(case, device, arguments.precision, arguments.channels_last)
-        seconds, errors = laps(bench, modes, arguments.laps)
-        memory: dict[str, float | None] = {}
-        for mode in modes:
-            if not arguments.no_memory and mode not in errors:
-                memory[mode] = peak_memory(bench, mode, device)
-        for mode in modes:
-            row = make_row(name, mode, case, arguments, device, seconds, memory, errors)
+            case = replace(case, batch=arguments.batch)
+        bench = Bench(case, device, arguments.precision, channels_last=arguments.channels_last)
+        results = measure(bench, arguments.modes, arguments)
+        for mode in arguments.modes:
+            row = make_row(bench, mode, results, peaks)
             rows.append(row)
             print(line(row), flush=True)
+        if arguments.profile:
+            both = {mode: results[mode].step for mode in ("plain", "fedmed")}
+            steps = {mode: step for mode, step in both.items() if step is not None}
+            if len(steps) == 2:
+                profiles = measure_profiles(bench, steps, arguments.laps)
+                print(table(name, profiles["plain"], profiles["fedmed"]), flush=True)
     if arguments.json:
         temporary = arguments.json.with_suffix(".tmp")
         temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1))
         temporary.rename(arguments.json)
-
-
-def make_row(
-    name: str,
-    mode: str,
-    case: Case,
-    arguments: argparse.Namespace,
-    device: torch.device,
-    seconds: dict[str, list[float]],
-    memory: dict[str, float | None],
-    errors: dict[str, str],
-) -> Row:
-    """Medians and ratios of one mode."""
-    mine, plain = seconds[mode], seconds.get("plain", [])
-    ratios = [a / b for a, b in zip(mine, plain, strict=False)]
-    used, base = memory.get(mode), memory.get("plain")
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else None
-    cuda = device.type == "cuda"
-    return Row(
-        model=name,
-        mode=mode,
-        device=torch.cuda.get_device_name() if cuda else f"cpu, {arguments.threads} threads",
-        time_ratio=statistics.median(ratios) if ratios else None,
-        memory_ratio=used / base if used and base else None,
-        seconds=statistics.median(mine) if mine else None,
-        spread=(quartiles[0], quartiles[2]) if quartiles else None,
-        images_per_second=case.batch / statistics.median(mine) if mine else None,
-        memory_mb=used,
-        error=errors.get(mode),
-        batch=case.batch,
-        image_size=case.image_size,
-        precision=arguments.precision,
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        load=os.getloadavg()[:2],
-    )
-
-
-def line(row: Row) -> str:
-    """A row for people."""
-    head = f"{row.model:12s} {row.mode:17s}"
-    if row.error or row.seconds is None:
-        return f"{head} {row.error}"
-    ratio = f"{row.time_ratio:5.2f}x" if row.time_ratio else "     -"
-    spread = f"({row.spread[0]:.2f}-{row.spread[1]:.2f})" if row.spread else ""
-    memory = f"{row.memory_ratio:5.2f}x memory" if row.memory_ratio else ""
-    return (
-        f"{head} {ratio} {spread:12s} {row.seconds * 1e3:8.1f} ms "
-        f"{row.images_per_second:8.1f} images/s {memory}"
-    )
 
 
 if __name__ == "__main__":

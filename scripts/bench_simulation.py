@@ -36,9 +36,10 @@ import numpy as np
 
 from fedmed.federation.client_app import make_client_app
 from fedmed.federation.coordinator import Coordinator, RunPlan, SiteSlot
+from fedmed.federation.flower import context_of
 from fedmed.federation.quiet import hush
-from fedmed.federation.server_app import make_server_app
-from fedmed.federation.simulation.grid import Handler, InProcessGrid, context_of
+from fedmed.federation.server_app import run_server_app
+from fedmed.federation.simulation.grid import Handler, InProcessGrid
 from fedmed.federation.state import Checkpoints, ServerState
 from fedmed.federation.strategies import Strategy, make_strategy
 from fedmed.types import (
@@ -205,16 +206,14 @@ class Simulation:
             self._start,
         )  # fmt: skip
         plan = RunPlan(task, self._slots, len(self._slots), deadline=600.0)
-        final: list[ServerState] = []
-        app = make_server_app(
+        final = run_server_app(
             lambda grid: Coordinator(grid, strategy, plan, self._checkpoints),
-            ServerState(0, self._start),
-            final.append,
+            self._grid,
+            lambda: ServerState(0, self._start),
         )
-        app(self._grid, context_of(1, 0, "coordinator"))
-        if final[0].failures:
-            raise RuntimeError(f"sites failed: {dict(final[0].failures)}")
-        return final[0].arrays, watch.seconds
+        if final.failures:
+            raise RuntimeError(f"sites failed: {dict(final.failures)}")
+        return final.arrays, watch.seconds
 
 
 def runner_of(

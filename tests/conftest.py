@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,15 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder} (set FEDMED_DATA)")
     return folder
+
+
+class _Unsynced(sqlite3.Connection):
+    def execute(self, sql: str, *values: object) -> sqlite3.Cursor:
+        return super().execute(sql.replace("synchronous = FULL", "synchronous = OFF"), *values)
+
+
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test cuts the power: what is written need not reach the disk before it goes on."""
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=_Unsynced))
+    monkeypatch.setattr(os, "fsync", lambda _: None)

@@ -15,7 +15,8 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,9 +26,14 @@ from typing import Any, BinaryIO, Self
 from fedmed.errors import AuditError
 from fedmed.types import Scalar
 
+_MOMENT = 15.0  # seconds for which a command may hold a log
 _ROOT = "0" * 64  # what the first line names as its predecessor
 _RESERVED = frozenset({"seq", "time", "event", "prev", "hash"})
 _ASIDE = "restore the log from a backup, or move it aside and start a new one"
+
+
+class LogHeld(AuditError):
+    """Another process writes the log now."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,15 @@ class AuditLog:
 
     Args:
         path: the log; made with mode 0600 if it does not exist. Its folder must exist.
+        owner: whose log it is; a new log's first line says so.
 
     Raises:
         AuditError: the log is broken, held by another writer, or cannot be opened.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, **owner: Scalar) -> None:
         self.path = Path(path)
+        self._owner = owner
         self._thread_lock = threading.Lock()
         self._pid = os.getpid()
         try:
@@ -75,6 +83,12 @@ class AuditLog:
     def head(self) -> str:
         """Hash of the last line."""
         return self._head
+
+    @property
+    def position(self) -> tuple[int, str]:
+        """Number (``seq``) and hash of the last line."""
+        with self._thread_lock:
+            return self._seq - 1, self._head
 
     def append(self, event: str, **facts: Scalar) -> str:
         """Write one line, on disk before this returns.
@@ -118,17 +132,17 @@ class AuditLog:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise AuditError(
+            raise LogHeld(
                 f"audit log {self.path} is held by another process",
-                "stop the other client of this site first",
+                "stop the other process that writes it first",
             ) from error
         whole, torn = _split_torn(self._file)
-        verified = _verify_lines(self.path, whole.splitlines(keepends=True))
+        verified = _end(_checked(self.path, whole.splitlines(keepends=True)))
         self._seq, self._head, self._size = verified.entries, verified.head, len(whole)
         if torn:
             self._set_aside(torn)
         if self._seq == 0:
-            self._append("log-opened", {"log_id": secrets.token_hex(16)})
+            self._append("log-opened", {**self._owner, "log_id": secrets.token_hex(16)})
             _sync_folder(self.path.parent)
         if torn:
             name = self._torn_path(self._torn_line).name
@@ -188,6 +202,22 @@ class AuditLog:
             return  # the next opening sets the torn line aside
 
 
+def open_soon(path: Path | str, **owner: Scalar) -> AuditLog:
+    """Open a log as :class:`AuditLog` does, waiting for a command that holds it for a moment.
+
+    Raises:
+        AuditError: see :class:`AuditLog`.
+    """
+    until = time.monotonic() + _MOMENT
+    while True:
+        try:
+            return AuditLog(path, **owner)
+        except LogHeld:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
 class DeferredAuditLog:
     """A log that is opened at its first append.
 
@@ -222,6 +252,15 @@ def verify(path: Path | str, head: str | None = None) -> Verified:
     Raises:
         AuditError: naming the first line that is wrong, or the file that cannot be read.
     """
+    return _end(scan(path, head))
+
+
+def scan(path: Path | str, head: str | None = None) -> Iterator[dict[str, Any]]:
+    """The entries of a log, each when it is verified; a log is sound once all have come.
+
+    Raises:
+        AuditError: see :func:`verify`.
+    """
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -229,21 +268,35 @@ def verify(path: Path | str, head: str | None = None) -> Verified:
     except OSError as error:
         raise _unusable(path, error) from error
     lines = whole.splitlines(keepends=True)
-    verified = _verify_lines(path, lines)
+    last = _ROOT
+    for entry in _checked(path, lines):
+        yield entry
+        last = entry["hash"]
     if torn:
         raise AuditError(
             f"{path} line {len(lines) + 1}: torn, as a crash leaves it",
             "start the site's client once, which sets it aside",
         )
-    if not verified.entries:
+    if not lines:
         raise AuditError(f"{path} is empty", _ASIDE)
-    if head is not None and verified.head != head:
+    if head is not None and last != head:
         raise AuditError(
-            f"{path} line {verified.entries}: ends at {verified.head[:12]}…, expected "
+            f"{path} line {len(lines)}: ends at {last[:12]}…, expected "
             f"{head[:12]}…; lines are missing from its end, or the chain was rebuilt",
             _ASIDE,
         )
-    return verified
+
+
+def held(path: Path | str) -> bool:
+    """Whether a process has the log open for writing."""
+    try:
+        with Path(path).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def read(path: Path | str) -> Iterator[dict[str, Scalar]]:
@@ -252,40 +305,45 @@ def read(path: Path | str) -> Iterator[dict[str, Scalar]]:
     Raises:
         AuditError: see :func:`verify`.
     """
-    verify(path)
-    with Path(path).open("rb") as file:
-        for line in file:
-            yield json.loads(line)
+    yield from list(scan(path))
 
 
-def _verify_lines(path: Path, lines: list[bytes]) -> Verified:
+def _checked(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
     previous = _ROOT
     for number, line in enumerate(lines, start=1):
-        if problem := _fault(line, number, previous):
+        entry, problem = _entry(line, number, previous)
+        if problem:
             raise AuditError(f"{path} line {number}: {problem}", _ASIDE)
-        previous = json.loads(line)["hash"]
-    return Verified(len(lines), previous)
+        yield entry
+        previous = entry["hash"]
 
 
-def _fault(line: bytes, number: int, previous: str) -> str:
-    """What is wrong with a line, or an empty string."""
+def _end(entries: Iterable[Mapping[str, Any]]) -> Verified:
+    number, head = 0, _ROOT
+    for number, entry in enumerate(entries, start=1):  # noqa: B007 - the last one is meant
+        head = entry["hash"]
+    return Verified(number, head)
+
+
+def _entry(line: bytes, number: int, previous: str) -> tuple[dict[str, Any], str]:
+    """A line's entry, and what is wrong with it or an empty string."""
     try:
         entry = json.loads(line)
         canonical = _canonical(entry)  # refuses NaN, which JSON does not know but loads takes
     except (ValueError, RecursionError):
-        return "not JSON"
+        return {}, "not JSON"
     if not isinstance(entry, dict) or not entry.keys() >= _RESERVED:
-        return "not an audit entry"
+        return {}, "not an audit entry"
     # Comparing the bytes closes what JSON leaves open: spaces, escapes, key order, repeated keys.
     if canonical != line:
-        return "changed (not in canonical form)"
+        return entry, "changed (not in canonical form)"
     if _digest({name: value for name, value in entry.items() if name != "hash"}) != entry["hash"]:
-        return "changed (its hash does not match)"
+        return entry, "changed (its hash does not match)"
     if entry["seq"] != number - 1 or entry["prev"] != previous:
-        return "does not follow the line before it (lines removed, added or reordered)"
+        return entry, "does not follow the line before it (lines removed, added or reordered)"
     if number == 1 and (entry["event"] != "log-opened" or "log_id" not in entry):
-        return "not the beginning of a log"
-    return ""
+        return entry, "not the beginning of a log"
+    return entry, ""
 
 
 def _split_torn(file: BinaryIO) -> tuple[bytes, bytes]:
@@ -295,10 +353,12 @@ def _split_torn(file: BinaryIO) -> tuple[bytes, bytes]:
     return content[:end], content[end:]
 
 
+_encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def _canonical(entry: Mapping[str, Any]) -> bytes:
     """One line of JSON with sorted keys, no spaces, ASCII only."""
-    text = json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii") + b"\n"
+    return _encoder.encode(entry).encode("ascii") + b"\n"
 
 
 def _digest(entry: Mapping[str, Any]) -> str:

@@ -121,6 +121,7 @@ class TrainerConfig:
     lr_decay: float = 1.0
     precision: str = "fp32"  # fp32 | bf16
     device: str = "auto"  # auto | cpu | cuda | cuda:N
+    devices: int = 1  # of one site's training: GPUs from trainer.device on, or CPU processes
 
 
 @dataclass

@@ -75,8 +75,14 @@ def check_settings(config: Config, task: TrainTask) -> None:
     make_loss(task.loss, task.task)
     BatchAugment(task.augment, task.task.dims)
     site_policy(config)
-    check_device(config.trainer.device)
+    check_devices(config.trainer.device, config.trainer.devices)
     if federation.backend == "ray":
+        if config.trainer.devices > 1:
+            raise ConfigError(
+                f"trainer.devices={config.trainer.devices}: with federation.backend=ray a site "
+                "has one device at most",
+                "use federation.backend=inprocess or trainer.devices=1",
+            )
         _needs("ray", "federation.backend=ray", "federation.backend=inprocess")
     if config.logger.name == "mlflow":
         _needs("mlflow", "logger=mlflow", "logger=tensorboard")
@@ -86,23 +92,37 @@ def check_settings(config: Config, task: TrainTask) -> None:
         )
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that torch does not know or this machine does not have.
+def check_devices(name: str, count: int) -> None:
+    """Refuse devices that torch does not know or this machine does not have.
+
+    Args:
+        name: the first device.
+        count: how many, from the first on.
 
     Raises:
         ConfigError: names the device.
     """
+    if count < 1:
+        raise ConfigError(f"trainer.devices={count} is out of range", "give an integer from 1 on")
     try:
         device = pick_device(name)
     except RuntimeError as error:
         raise _no_device(name, "is no device") from error
     if device.type not in ("cpu", "cuda"):
         raise _no_device(name, "is not supported")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    there = torch.cuda.device_count()
+    if device.type != "cuda" or (device.index or 0) + count <= there:
+        return
+    if count > 1:
         raise ConfigError(
-            f"trainer.device={name}: torch sees {torch.cuda.device_count()} CUDA devices here",
-            "use trainer.device=auto or trainer.device=cpu",
+            f"trainer.devices={count} from trainer.device={name} on: torch sees {there} CUDA "
+            "devices here",
+            "lower trainer.devices, or use trainer.device=cpu",
         )
+    raise ConfigError(
+        f"trainer.device={name}: torch sees {there} CUDA devices here",
+        "use trainer.device=auto or trainer.device=cpu",
+    )
 
 
 def check_shared(model: nn.Module, personal: Sequence[str], shared: PackedArrays) -> None:

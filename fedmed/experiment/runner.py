@@ -36,8 +36,9 @@ from fedmed.experiment.sites import (
 from fedmed.experiment.watch import Judge, Watcher, Watchers
 from fedmed.federation.coordinator import Coordinator, RunPlan, SiteSlot
 from fedmed.federation.files import write_atomic
-from fedmed.federation.server_app import make_server_app
-from fedmed.federation.simulation.grid import InProcessGrid, context_of
+from fedmed.federation.flower import RUN_ID
+from fedmed.federation.server_app import run_server_app
+from fedmed.federation.simulation.grid import InProcessGrid
 from fedmed.federation.state import Checkpoints, ServerState
 from fedmed.federation.strategies import Strategy, make_strategy
 from fedmed.report.progress import Progress
@@ -46,8 +47,6 @@ from fedmed.report.tracking import MlflowTracker, NullTracker, TensorBoardTracke
 from fedmed.training.arrays import pack
 from fedmed.training.build import build
 from fedmed.types import PrivacyUnit
-
-_RUN_ID = 1  # Flower's own run id; a simulation holds one run
 
 
 @dataclass(frozen=True)
@@ -168,22 +167,19 @@ class Experiment:
                 every=self._config.federation.evaluate_every, unit=self._unit,
             )  # fmt: skip
             watchers.add(leg, watcher)
-            final: list[ServerState] = []
-            app = make_server_app(
-                lambda grid: Coordinator(
-                    grid, self._strategy(), start.plan, start.checkpoints, [watcher]
-                ),
-                start.state,
-                final.append,
-            )
             grid = self._grid(leg)
             try:
-                app(grid, context_of(_RUN_ID, 0, "coordinator"))
+                return run_server_app(
+                    lambda grid: Coordinator(
+                        grid, self._strategy(), start.plan, start.checkpoints, [watcher]
+                    ),
+                    grid,
+                    lambda: start.state,
+                )
             finally:
                 close = getattr(grid, "close", None)
                 if close is not None:
                     close()
-        return final[0]
 
     def _plan(self, leg: Leg) -> RunPlan:
         federation = self._config.federation
@@ -223,16 +219,16 @@ class Experiment:
             return RayGrid(
                 {
                     i: functools.partial(
-                        worker_handler, self._config, self._folder, name, i, _RUN_ID
+                        worker_handler, self._config, self._folder, name, i, RUN_ID
                     )
                     for i, name in nodes
                 },
-                run_id=_RUN_ID,
+                run_id=RUN_ID,
             )
         return InProcessGrid(
-            {i: handler_of(leg.agents[name], i, _RUN_ID) for i, name in nodes},
+            {i: handler_of(leg.agents[name], i, RUN_ID) for i, name in nodes},
             strict=self._config.federation.strict_messages,
-            run_id=_RUN_ID,
+            run_id=RUN_ID,
         )
 
     def _tracker(self) -> Tracker:
@@ -273,6 +269,7 @@ def _essence(config: Config) -> Config:
     essence.logger = LoggerConfig()
     essence.paths = PathsConfig()
     essence.trainer.device = "auto"
+    essence.trainer.devices = 1
     essence.data.prepare.workers = 1
     essence.data.prepare.cache = "memory"
     return essence

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from fedmed.errors import CheckpointError, ConfigError
 from fedmed.experiment.plan import one_of, partition_spec, prep_spec, site_policy, task_spec
 from fedmed.federation.accounts import Account, Accounts
 from fedmed.federation.client_app import make_client_app
-from fedmed.federation.simulation.grid import Handler, context_of
+from fedmed.federation.flower import context_of
+from fedmed.federation.simulation.grid import Handler
 from fedmed.federation.site_agent import Listener, SiteAgent
 from fedmed.privacy.ledger import Ledger
+from fedmed.training.devices import trainers
 from fedmed.training.trainer import Trainer
 
 POOLED = "centralized"
@@ -138,33 +141,38 @@ def open_legs(
         listener: told of local work.
     """
     names = tuple(h.name for h in hospitals)
+    trainer_of = trainers(config.trainer.device, config.trainer.devices)
+    opened = partial(open_site, config, trainer_of, folder, listener=listener)
     if config.mode == "local":
         return tuple(
             Leg(
                 name=h.name,
                 folder=folder / "local" / h.name,
-                agents={h.name: open_site(config, h, folder, listener)},
+                agents={h.name: opened(h)},
                 members=(h.name,),
             )
             for h in hospitals
         )
     if config.mode == "centralized":
-        agent = open_site(config, pool_sites(hospitals, POOLED), folder, listener, charged=names)
+        agent = opened(pool_sites(hospitals, POOLED), charged=names)
         return (Leg(POOLED, folder, {POOLED: agent}, names),)
-    agents = {h.name: open_site(config, h, folder, listener) for h in hospitals}
+    agents = {h.name: opened(h) for h in hospitals}
     return (Leg("federated", folder, agents, names),)
 
 
 def open_site(
     config: Config,
-    data: SiteData,
+    trainer_of: Callable[[SiteData], Trainer],
     folder: Path,
+    data: SiteData,
+    *,
     listener: Listener | None = None,
     charged: Sequence[str] = (),
 ) -> SiteAgent:
     """One site's agent with its ledger and audit log.
 
     Args:
+        trainer_of: makes the site's trainer.
         charged: hospitals whose budgets the training spends; by default the site's own.
     """
     home = site_home(config, folder, data.name)
@@ -177,7 +185,7 @@ def open_site(
     ]
     return SiteAgent(
         name=data.name,
-        trainer=Trainer(data, config.trainer.device),
+        trainer=trainer_of(data),
         policy=policy,
         accounts=Accounts(accounts, policy),
         audit=log(home / "audit.jsonl"),
@@ -222,9 +230,10 @@ def handler_of(agent: SiteAgent, node_id: int, run_id: int) -> Handler:
 def worker_handler(config: Config, folder: Path, name: str, node_id: int, run_id: int) -> Handler:
     """A handler built inside a worker process, which reads the site's images itself."""
     hospitals = load_hospitals(config)
+    opened = partial(open_site, config, trainers(config.trainer.device, 1), folder)
     if config.mode == "centralized":
         names = tuple(h.name for h in hospitals)
-        agent = open_site(config, pool_sites(hospitals, POOLED), folder, charged=names)
+        agent = opened(pool_sites(hospitals, POOLED), charged=names)
     else:
-        agent = open_site(config, next(h for h in hospitals if h.name == name), folder)
+        agent = opened(next(h for h in hospitals if h.name == name))
     return handler_of(agent, node_id, run_id)

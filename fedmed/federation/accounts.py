@@ -55,7 +55,7 @@ class Accounts:
             if spec is not None and account.ledger.spent(account.cohort, other):
                 raise PolicyRefused(
                     "unit-mixed",
-                    f"cohort {account.cohort!r} is accounted by {other}, the task asks for {unit}",
+                    f"the cohort is accounted by {other}, the task asks for {unit}",
                     f"use privacy.unit={other}, or another cohort",
                 )
             if spec is None or math.isinf(self._policy.max_epsilon):
@@ -69,8 +69,8 @@ class Accounts:
             if total > self._policy.max_epsilon * (1 + 1e-9):
                 raise BudgetExhausted(
                     "budget-exhausted",
-                    f"the rest of the plan would take cohort {account.cohort!r} to epsilon "
-                    f"{total:.4g}, the site allows {self._policy.max_epsilon:g} "
+                    f"the rest of the plan would take the cohort to epsilon {total:.4g}, "
+                    f"the site allows {self._policy.max_epsilon:g} "
                     f"(delta {spec.delta:g})",
                     "ask for fewer rounds or more noise, or have the hospital raise "
                     "site.max_epsilon",

@@ -13,20 +13,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 from flwr.app import Message
-from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from numpy.typing import NDArray
 
-from fedmed.errors import FederationError, FedmedError, QuorumNotMet
+from fedmed.errors import FedmedError, QuorumNotMet
 from fedmed.federation import messages
+from fedmed.federation.aggregation import Aggregation, make_aggregation
 from fedmed.federation.state import Checkpoints, ServerState
 from fedmed.federation.strategies.state import load_state, save_state
-from fedmed.federation.validation import check_update, squared_norm
+from fedmed.federation.validation import check_update
 from fedmed.types import ClientUpdate, PackedArrays, Refusal, TrainTask
 
 
@@ -71,7 +69,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What happened in a round."""
+    """What happened in a round; the updates without their arrays."""
 
     round: int
     updates: tuple[ClientUpdate, ...]
@@ -156,16 +154,19 @@ class Coordinator:
             key=lambda m: m.metadata.dst_node_id,
         )
         _attach_buffers(requests, state.arrays)
-        answers, failures = self._collect(requests, task)
-        if len(answers) < self._plan.min_sites:
+        aggregation = make_aggregation(self._strategy)
+        updates, failures = self._collect(requests, task, aggregation)
+        for request in requests:
+            _let_go(request)
+        if len(updates) < self._plan.min_sites:
             raise QuorumNotMet(
-                f"round {round_}: {len(answers)} valid updates, "
+                f"round {round_}: {len(updates)} valid updates, "
                 f"federation.min_sites={self._plan.min_sites} are needed"
                 + "".join(f"; {f.site}: {f.reason}" for f in failures[:3])
             )
-        arrays = self._aggregate(task, answers)
+        arrays = aggregation.finish(round_, state.arrays)
         seconds = time.perf_counter() - started
-        report = RoundReport(round_, tuple(u for _, u in answers), tuple(failures), seconds)
+        report = RoundReport(round_, updates, failures, seconds)
         return self._next(state, arrays, report), report
 
     def _next(self, state: ServerState, arrays: PackedArrays, report: RoundReport) -> ServerState:
@@ -195,27 +196,51 @@ class Coordinator:
             time.sleep(0.2)
 
     def _collect(
-        self, requests: Sequence[Message], task: TrainTask
-    ) -> tuple[list[tuple[Message, ClientUpdate]], list[Failure]]:
-        """Send, wait, validate; answers in the order of the sites' names."""
-        replies = list(self._grid.send_and_receive(requests, timeout=self._plan.deadline))
+        self, requests: Sequence[Message], task: TrainTask, aggregation: Aggregation
+    ) -> tuple[tuple[ClientUpdate, ...], tuple[Failure, ...]]:
+        """Send, then check and add each answer in the order of the sites.
+
+        A sum's last bits depend on its order: an answer that a grid delivers early waits for
+        its turn.
+        """
         # A failed reply's sender may be the link's own id: map it by what it answers.
-        asked = {m.metadata.message_id: self._sites[m.metadata.dst_node_id] for m in requests}
-        got: dict[str, tuple[Message, ClientUpdate]] = {}
-        failures: list[Failure] = []
-        silent = {slot.name for slot in asked.values()}
-        for reply in replies:
-            slot = asked.get(reply.metadata.reply_to_message_id)
-            if slot is None or slot.name not in silent:
-                continue  # late, doubled or not asked for
-            silent.discard(slot.name)
+        turns: dict[str, int] | None = None
+        early: dict[int, Message] = {}
+        outcomes: dict[str, ClientUpdate | Failure] = {}
+
+        def take(reply: Message, slot: SiteSlot) -> None:
             outcome = self._judge(reply, slot, task)
-            if isinstance(outcome, Failure):
-                failures.append(outcome)
-            else:
-                got[slot.name] = (reply, outcome)
-        failures += [Failure(n, "no-answer", "no answer before the deadline") for n in silent]
-        return [got[n] for n in sorted(got)], sorted(failures, key=lambda f: f.site)
+            if isinstance(outcome, ClientUpdate):
+                aggregation.add(reply, outcome, slot.weight)
+                outcome = replace(outcome, arrays=PackedArrays((), {}))
+            outcomes[slot.name] = outcome
+            _let_go(reply)
+
+        slots = [self._sites[m.metadata.dst_node_id] for m in requests]
+        turn = 0
+        for reply in self._grid.send_and_receive(requests, timeout=self._plan.deadline):
+            if turns is None:  # ids are given when the messages are sent
+                turns = {m.metadata.message_id: i for i, m in enumerate(requests)}
+            position = turns.pop(reply.metadata.reply_to_message_id, None)
+            if position is None:
+                continue  # late, doubled or not asked for
+            early[position] = reply
+            del reply  # or it would be in memory beside the next one
+            while turn in early:
+                take(early.pop(turn), slots[turn])
+                turn += 1
+        for position in sorted(early):  # those before it gave no answer
+            take(early.pop(position), slots[position])
+        for slot in slots:
+            if slot.name not in outcomes:
+                outcomes[slot.name] = Failure(
+                    slot.name, "no-answer", "no answer before the deadline"
+                )
+        found = [outcomes[name] for name in sorted(outcomes)]
+        return (
+            tuple(o for o in found if isinstance(o, ClientUpdate)),
+            tuple(o for o in found if isinstance(o, Failure)),
+        )
 
     def _judge(self, reply: Message, slot: SiteSlot, task: TrainTask) -> ClientUpdate | Failure:
         if reply.has_error():
@@ -233,46 +258,21 @@ class Coordinator:
                 max_norm=self._plan.max_update_norm,
             )
         except FedmedError as error:
-            return Failure(slot.name, "update-rejected", str(error))
+            return Failure(slot.name, "update-rejected", _shown(str(error), 400))
         except Exception as error:  # whatever a site sends costs that site the round
             return Failure(slot.name, "update-rejected", type(error).__name__)
         return answer
 
-    def _aggregate(
-        self, task: TrainTask, answers: Sequence[tuple[Message, ClientUpdate]]
-    ) -> PackedArrays:
-        """Parameters by the strategy, buffers by the plan's weighted mean.
 
-        Server optimisers must not step on BatchNorm statistics: a variance moved by Adam
-        can turn negative.
-        """
-        weights = {s.name: s.weight for s in self._plan.sites}
-        clean = [messages.for_strategy(r, u, weights[u.site]) for r, u in answers]
-        try:
-            record, _ = self._strategy.aggregate_train(task.round, clean)
-        except (AppExitException, ValueError, IndexError, ZeroDivisionError) as error:
-            raise FederationError(
-                f"round {task.round}: {type(self._strategy).__name__} cannot aggregate "
-                f"{len(clean)} updates: {error}",
-                "take more sites or another strategy",
-            ) from error
-        if record is None:
-            raise FederationError(f"round {task.round}: the strategy returned no weights")
-        buffers: dict[str, NDArray[np.generic]] = {}
-        total = sum(weights[u.site] for _, u in answers)
-        for key, current in task.arrays.buffers.items():
-            if key.startswith("parameters."):
-                merged = messages.values_of(record[key])
-            else:
-                shares = [weights[u.site] / total for _, u in answers]
-                merged = np.average([u.arrays.buffers[key] for _, u in answers], 0, shares)
-            buffers[key] = _as_dtype(merged, current)
-            if not np.isfinite(squared_norm(buffers[key])):
-                raise FederationError(
-                    f"round {task.round}: the aggregated weights are not finite",
-                    "lower the server's learning rate (strategy.params.eta)",
-                )
-        return PackedArrays(task.arrays.table, buffers)
+def _let_go(message: Message) -> None:
+    """Free a message's arrays now.
+
+    Flower's records refer to themselves, so that a model's memory would wait for the collector
+    of cycles.
+    """
+    if message.has_content():
+        for record in message.content.array_records.values():
+            record.clear()
 
 
 def _shown(text: str, most: int) -> str:
@@ -281,20 +281,13 @@ def _shown(text: str, most: int) -> str:
 
 
 def _attach_buffers(requests: Sequence[Message], arrays: PackedArrays) -> None:
-    """Strategies see parameters only; sites need the buffers too."""
+    """Strategies see parameters only; sites need the buffers too.
+
+    A record of the requests' own: a strategy may keep the one that it was given.
+    """
     full = messages.to_array_record(arrays)
     for request in requests:
-        if len(request.content.array_records[messages.ARRAYS]) != len(full):
-            request.content[messages.ARRAYS] = full
-
-
-def _as_dtype(merged: NDArray[Any], like: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Mean back to the buffer's dtype; counters are rounded."""
-    if merged.shape != like.shape:
-        raise FederationError(f"the strategy returned shape {merged.shape}, expected {like.shape}")
-    if like.dtype.kind in "iub":
-        merged = np.rint(merged)
-    return merged.astype(like.dtype, copy=False)
+        request.content[messages.ARRAYS] = full
 
 
 def _moving_average(

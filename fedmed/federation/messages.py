@@ -41,6 +41,7 @@ REFUSAL = "refusal"
 WEIGHT = "num-examples"  # what Flower's strategies weigh by
 _ROUND = "server-round"  # put there by Flower's strategies
 _PROXIMAL = "proximal-mu"  # put there by FedProx
+_TASK_KEYS = frozenset({TASK, TABLE, _ROUND, _PROXIMAL})
 _DTYPES = frozenset({"float32", "float64", "float16", "int64", "int32", "uint8", "bool"})
 
 
@@ -178,7 +179,7 @@ def decode_table(text: str) -> tuple[TensorEntry, ...]:
     """
     try:
         rows = build(tuple[tuple[str, str, int, tuple[int, ...]], ...], json.loads(text), TABLE)
-    except (ValueError, ConfigError) as error:
+    except (ValueError, RecursionError, ConfigError) as error:
         raise UpdateRejected("the table of tensors is malformed") from error
     return tuple(TensorEntry(*row) for row in rows)
 
@@ -201,6 +202,8 @@ def read_task(message: Message) -> TrainTask:
         UpdateRejected: the arrays do not fit their table.
     """
     config = _config(message)
+    if set(message.content) != {ARRAYS, CONFIG} or not set(config) <= _TASK_KEYS:
+        raise UpdateRejected("the message holds other records or keys than a task's")
     table = decode_table(_text(config, TABLE))
     round_ = config.get(_ROUND)
     mu = config.get(_PROXIMAL, 0.0)
@@ -239,6 +242,17 @@ def refuse(message: Message, refusal: Refusal) -> Message:
     return Message(content, reply_to=message)
 
 
+def is_refusal(content: RecordDict) -> bool:
+    """Whether an answer's records say that they are a refusal."""
+    return REFUSAL in content.config_records.get(CONFIG, ConfigRecord())
+
+
+def refusal_of(reply: Message) -> Refusal | None:
+    """The refusal that a reply holds, or None."""
+    config = reply.content.config_records.get(CONFIG, ConfigRecord())
+    return decode(Refusal, _text(config, REFUSAL)) if REFUSAL in config else None
+
+
 @dataclass(frozen=True)
 class _UpdateFacts:
     """What travels beside an update's arrays."""
@@ -263,11 +277,13 @@ def read_answer(message: Message, table: tuple[TensorEntry, ...]) -> ClientUpdat
     return ClientUpdate(arrays=to_packed(_arrays(message), table), **vars(facts))
 
 
-def for_strategy(reply: Message, update: ClientUpdate, weight: float) -> Message:
+def for_strategy(
+    reply: Message, parameters: Mapping[str, NDArray[np.generic]], weight: float
+) -> Message:
     """The reply as a strategy may see it: checked parameters and *our* weight, nothing else."""
     content = RecordDict(
         {
-            ARRAYS: to_array_record(update.arrays, ("parameters",)),
+            ARRAYS: to_array_record(PackedArrays((), parameters)),
             METRICS: MetricRecord({WEIGHT: weight}),
         }
     )

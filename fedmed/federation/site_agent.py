@@ -6,13 +6,11 @@ import math
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from fedmed.errors import FedmedError, PolicyRefused
 from fedmed.federation.accounts import Accounts
 from fedmed.federation.policy import SitePolicy, public_size
-from fedmed.federation.site_state import SiteState, fingerprint
-from fedmed.federation.validation import squared_norm
+from fedmed.federation.site_state import SiteState
+from fedmed.federation.validation import distance, fingerprint, squared_norm
 from fedmed.privacy.engine import DPEngine, Engine, PlainEngine
 from fedmed.training.trainer import FitResult, Trainer, derived_seed
 from fedmed.types import ClientUpdate, DPSpec, PackedArrays, PrivacyUnit, Scalar, TrainTask
@@ -26,6 +24,26 @@ class Audit(Protocol):
 
     def close(self) -> None:
         """Let go of the log."""
+
+
+class Gate(Protocol):
+    """What a hospital lets in and out besides its policy and budget."""
+
+    def enter(self, task: TrainTask) -> None:
+        """Let a task in, or raise PolicyRefused."""
+
+    def leave(self, task: TrainTask, update: ClientUpdate) -> None:
+        """Let an update out, or raise PolicyRefused."""
+
+
+class OpenGate:
+    """A simulated hospital's: its policy and budget are all there is."""
+
+    def enter(self, task: TrainTask) -> None:
+        """Everything may enter."""
+
+    def leave(self, task: TrainTask, update: ClientUpdate) -> None:
+        """Everything may leave."""
 
 
 class Listener(Protocol):
@@ -49,6 +67,7 @@ class SiteAgent:
         audit: the site's log.
         state_dir: folder on the site's disk for sent updates and personal tensors.
         listener: told of local work, or None.
+        gate: checks what comes in and goes out.
     """
 
     def __init__(
@@ -60,6 +79,7 @@ class SiteAgent:
         audit: Audit,
         state_dir: Path,
         listener: Listener | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.name = name
         self.accounts = accounts
@@ -68,6 +88,7 @@ class SiteAgent:
         self._audit = audit
         self._state_dir = state_dir
         self._listener = listener
+        self._gate = gate or OpenGate()
 
     def declared_size(self, unit: PrivacyUnit) -> int:
         """Public cohort size: the policy's, or the one kept since the first call."""
@@ -109,6 +130,8 @@ class SiteAgent:
             raise
 
     def _train(self, task: TrainTask) -> ClientUpdate:
+        _check_finite(task.arrays)
+        self._gate.enter(task)
         state = self.state(task.run_id)
         stored = state.stored(task)
         if stored is not None:
@@ -118,7 +141,6 @@ class SiteAgent:
         size = self.declared_size(unit)
         spec = self._policy.admit(task, size)
         self.accounts.check_plan(task, spec)
-        _check_finite(task.arrays)
         cohort = self._trainer.cohort(PrivacyUnit.PATIENT)  # the engine makes image units itself
         if spec is None and cohort.units == 0:
             # with DP an empty cohort answers with noise: whether anybody is left stays private
@@ -142,6 +164,7 @@ class SiteAgent:
             released=fit.released,
             epsilon=_finite(self.accounts.epsilon(unit, spec.delta)) if spec else None,
         )
+        self._gate.leave(task, update)
         self.accounts.commit(charges, fit.released, fit.arrays.sha256())
         state.store_personal(task.round, fit.personal)
         state.store(task, update)
@@ -177,7 +200,7 @@ class SiteAgent:
             bytes=update.arrays.nbytes,
             tensors=len(update.arrays.table),
             sha256=update.arrays.sha256(),
-            norm=_distance(update.arrays, task.arrays),
+            norm=distance(update.arrays, task.arrays),
             epsilon=update.epsilon,
         )
 
@@ -193,12 +216,3 @@ def _check_finite(arrays: PackedArrays) -> None:
 def _finite(value: float) -> float | None:
     """ε of a cohort that was once trained on without DP has no number."""
     return value if math.isfinite(value) else None
-
-
-def _distance(new: PackedArrays, old: PackedArrays) -> float:
-    """Norm of the change of the parameters."""
-    squares = 0.0
-    for key, values in new.buffers.items():
-        if key.startswith("parameters.") and key in old.buffers:
-            squares += squared_norm(np.subtract(values, old.buffers[key], dtype=np.float64))
-    return math.sqrt(squares)

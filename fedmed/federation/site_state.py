@@ -6,7 +6,6 @@ after a crash costs no privacy and cannot average the noise away.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,15 +20,10 @@ from fedmed.codec import decode, encode
 from fedmed.errors import CheckpointError, ConfigError
 from fedmed.federation.files import save_arrays, write_atomic
 from fedmed.federation.messages import decode_table, encode_table
+from fedmed.federation.validation import fingerprint
 from fedmed.types import ClientUpdate, PackedArrays, TrainTask
 
 _KEEP = 2  # rounds: the one being answered and the one a resumed run may repeat
-
-
-def fingerprint(task: TrainTask) -> str:
-    """Hash of a task and its weights: what makes two requests the same request."""
-    text = encode(task, skip=frozenset({"arrays"}))
-    return hashlib.sha256((text + task.arrays.sha256()).encode()).hexdigest()
 
 
 class SiteState:

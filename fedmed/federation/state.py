@@ -137,3 +137,22 @@ class Checkpoints:
         if not self._folder.is_dir():
             return []
         return sorted(p for p in self._folder.iterdir() if _NAME.fullmatch(p.name))
+
+
+def write_weights(path: Path, arrays: PackedArrays) -> None:
+    """Packed weights with their table, atomically. Raises CheckpointError."""
+    save_arrays(path, arrays.buffers, {"table": encode_table(arrays.table)})
+
+
+def read_weights(path: Path) -> PackedArrays:
+    """What :func:`write_weights` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as f:
+            table = decode_table(f.metadata()["table"])
+            return PackedArrays(table, {k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, FedmedError) as error:
+        raise CheckpointError(f"weights {path} cannot be read", "restore the file") from error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed.codec import encode
 from fedmed.errors import UpdateRejected
-from fedmed.types import ClientUpdate, PackedArrays
+from fedmed.types import ClientUpdate, PackedArrays, TrainTask
 
+_PIECE = 1 << 18  # elements: their sum of squares is exact enough in float32
 LARGEST_NORM = 1e18
 """No sane weights come near; above it the squares that server optimisers keep overflow."""
 
@@ -18,7 +21,8 @@ def squared_norm(values: NDArray[np.generic]) -> float:
     """Sum of squares, in one pass where float32 does not overflow."""
     if values.dtype.kind != "f":
         return 0.0
-    total = float(np.dot(values, values))
+    with np.errstate(over="ignore", invalid="ignore"):  # float32 overflows far below its largest
+        total = float(np.dot(values, values))
     if math.isfinite(total):
         return total
     wide = values.astype(np.float64)
@@ -51,16 +55,37 @@ def check_update(
         )
     if update.epsilon is not None and update.epsilon < 0:
         raise UpdateRejected(f"site {site!r} claims epsilon={update.epsilon}")
-    moved = 0.0
     for key, values in update.arrays.buffers.items():
         if not squared_norm(values) <= LARGEST_NORM**2:  # also NaN and infinity
             raise UpdateRejected(
                 f"buffer {key!r} of site {site!r} is not finite, or larger than any weights"
             )
-        if max_norm is not None and key.startswith("parameters."):
-            moved += squared_norm(values - current.buffers[key])  # type: ignore[operator]
-    if max_norm is not None and math.sqrt(moved) > max_norm:
+    if max_norm is not None and (moved := distance(update.arrays, current)) > max_norm:
         raise UpdateRejected(
-            f"update of site {site!r} moves the weights by {math.sqrt(moved):.4g}, more than "
+            f"update of site {site!r} moves the weights by {moved:.4g}, more than "
             f"federation.max_update_norm={max_norm:g}"
         )
+
+
+def distance(new: PackedArrays, old: PackedArrays) -> float:
+    """L2 norm of the parameters' change."""
+    squares = 0.0
+    for key, values in new.buffers.items():
+        before = old.buffers.get(key)
+        if key.startswith("parameters.") and before is not None:
+            squares += _squared_distance(values, before)
+    return math.sqrt(squares)
+
+
+def _squared_distance(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
+    """In pieces: the difference of two large models would be a third one in memory."""
+    return sum(
+        squared_norm(np.subtract(a[i : i + _PIECE], b[i : i + _PIECE], dtype=a.dtype))
+        for i in range(0, len(a), _PIECE)
+    )
+
+
+def fingerprint(task: TrainTask) -> str:
+    """Hash of a task and its weights: what makes two requests the same request."""
+    text = encode(task, skip=frozenset({"arrays"}))
+    return hashlib.sha256((text + task.arrays.sha256()).encode()).hexdigest()

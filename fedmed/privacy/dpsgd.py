@@ -23,6 +23,7 @@ from fedmed.privacy.sampling import (
     image_units,
     pack_units,
 )
+from fedmed.privacy.team import ALONE, Team
 from fedmed.types import Cohort, DPSpec, PrivacyUnit
 
 
@@ -78,6 +79,7 @@ class DPEngine:
         steps: int,
         physical_batch_size: int,
         copies: int = 1,
+        team: Team = ALONE,
     ) -> TrainSetup:
         """See :meth:`Engine.prepare`.
 
@@ -104,6 +106,7 @@ class DPEngine:
             steps=steps,
             capacity=image_capacity(physical_batch_size, copies),
             copies=copies,
+            team=team,
         )
 
     def released(self) -> DPSpec:
@@ -115,10 +118,11 @@ class DPEngine:
         """Clipping bound C of one unit's gradient."""
         return self._spec.max_grad_norm
 
-    def draw(self, cohort: Cohort, capacity: int) -> LogicalBatch:
-        """One Poisson sample of the cohort's units, packed into parts."""
-        units = draw_units(
-            cohort, self._spec.sample_rate, self._spec.max_images_per_unit, self._generator
+    def draw(self, cohort: Cohort, capacity: int, team: Team = ALONE) -> LogicalBatch:
+        """This worker's share of one Poisson sample of the cohort's units, packed into parts."""
+        spec = self._spec
+        units = team.deal(
+            lambda: draw_units(cohort, spec.sample_rate, spec.max_images_per_unit, self._generator)
         )
         return LogicalBatch(tuple(pack_units(units, capacity)))
 
@@ -163,6 +167,7 @@ class _DPSetup:
         steps: int,
         capacity: int,
         copies: int,
+        team: Team,
     ) -> None:
         self._engine = engine
         self._mode = mode
@@ -173,6 +178,7 @@ class _DPSetup:
         self._steps = steps
         self._capacity = capacity
         self._copies = copies
+        self._team = team
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         dtypes = {torch.promote_types(p.dtype, torch.float32) for p in self._parameters}
         self._total = torch.zeros(
@@ -187,7 +193,7 @@ class _DPSetup:
 
     def batches(self) -> Iterator[LogicalBatch]:
         for _ in range(self._steps):
-            batch = self._engine.draw(self._cohort, self._capacity)
+            batch = self._engine.draw(self._cohort, self._capacity, self._team)
             self._pending = list(batch.parts)
             self._total.zero_()
             self._drawn = True
@@ -214,7 +220,7 @@ class _DPSetup:
         if not self._drawn:
             raise ValueError("expected step() once for each batch drawn")
         self._engine.count_step()
-        noisy = self._by_parameter(self._engine.privatise(self._total))
+        noisy = self._by_parameter(self._team.combine(self._total, self._engine.privatise))
         for parameter, mean in zip(self._parameters, noisy, strict=True):
             parameter.grad = mean.to(parameter.dtype)
         self._drawn, self._pending = False, []

@@ -22,6 +22,7 @@ from torch.func import functional_call, grad, vmap
 
 from fedmed.errors import IncompatibleModel
 from fedmed.privacy.compat import verdict
+from fedmed.privacy.row_norms import row_norms
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits [N, ...], targets [N, ...]) -> losses [N]``; one sample's loss is its own alone."""
@@ -154,7 +155,7 @@ def clip_and_sum(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
     The norm is taken over all parameters together. Rows that are not finite count as zero.
     """
     rows = [g.flatten(1) for g in gradients]
-    norms = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows], dim=1)
+    norms = torch.stack([row_norms(row) for row in rows], dim=1)
     norm = torch.linalg.vector_norm(norms, dim=1)
     finite = torch.isfinite(norm)
     # A few rounding errors below C, so that the computed norm of a clipped row is not above it.

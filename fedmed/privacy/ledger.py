@@ -105,7 +105,7 @@ class Ledger:
             total = _total(db, cohort, spec, delta, accountant)
             if total > max_epsilon * (1 + _TOLERANCE):
                 before = _spent_before(db, cohort, spec, delta, accountant)
-                raise _exhausted(cohort, before, total, max_epsilon, delta)
+                raise _exhausted(before, total, max_epsilon, delta)
             cursor = db.execute(
                 "INSERT INTO charge (cohort, run_id, round, task_hash, spec, delta, accountant,"
                 " epsilon, reserved_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -234,9 +234,8 @@ def _spent_before(
     return max(math.inf if e is None else epsilon(e, delta, accountant) for e in events)
 
 
-def _exhausted(
-    cohort: str, before: float, total: float, limit: float, delta: float
-) -> BudgetExhausted:
+def _exhausted(before: float, total: float, limit: float, delta: float) -> BudgetExhausted:
+    # it travels to whoever asked: the account's name is the hospital's own
     asked = (
         "training without differential privacy is asked"
         if math.isinf(total) and math.isfinite(before)
@@ -244,7 +243,7 @@ def _exhausted(
     )
     return BudgetExhausted(
         "budget-exhausted",
-        f"cohort {cohort!r} has spent epsilon {before:.6g}, {asked}, "
+        f"the cohort has spent epsilon {before:.6g}, {asked}, "
         f"the site allows {limit:.6g} (delta {delta:g})",
         "ask for fewer steps, a lower sampling rate or more noise, or have the hospital raise "
         "site.max_epsilon",

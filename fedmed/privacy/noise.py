@@ -43,12 +43,16 @@ class SecureGenerator:
     """A cryptographic generator of Gaussians, Bernoulli selections and permutations.
 
     Each instance has one key a thread, and a process forked from the owner's takes a new key
-    before its first draw: no two of them ever share a stream.
+    before its first draw: no two of them ever share a stream. What is pickled is a generator, not
+    its key.
     """
 
     def __init__(self) -> None:
         # One stream a thread: no lock that a fork could leave held.
         self._local = threading.local()
+
+    def __reduce__(self) -> tuple[type[SecureGenerator], tuple[()]]:
+        return SecureGenerator, ()
 
     def normal(
         self,

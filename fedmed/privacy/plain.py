@@ -14,6 +14,7 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.privacy.gradients import PerSampleLoss
 from fedmed.privacy.protocols import TrainSetup
 from fedmed.privacy.sampling import LogicalBatch, Part, image_capacity, pack_units, shuffled_images
+from fedmed.privacy.team import ALONE, Team
 from fedmed.types import Cohort
 
 
@@ -41,6 +42,7 @@ class PlainEngine:
         steps: int,
         physical_batch_size: int,
         copies: int = 1,
+        team: Team = ALONE,
     ) -> TrainSetup:
         """See :meth:`Engine.prepare`.
 
@@ -59,6 +61,7 @@ class PlainEngine:
             steps=steps,
             samples=size * copies,
             capacity=image_capacity(physical_batch_size, copies),
+            team=team,
         )
 
     def released(self) -> None:
@@ -76,6 +79,7 @@ class _PlainSetup:
         steps: int,
         samples: int,
         capacity: int,
+        team: Team,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
@@ -84,12 +88,14 @@ class _PlainSetup:
         self._steps = steps
         self._samples = samples
         self._capacity = capacity
+        self._team = team
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer.zero_grad(set_to_none=True)
 
     def batches(self) -> Iterator[LogicalBatch]:
         for _ in range(self._steps):
-            images = next(self._orders)
-            yield LogicalBatch(tuple(pack_units(list(images[:, None]), self._capacity)))
+            units = self._team.deal(lambda: list(next(self._orders)[:, None]))
+            yield LogicalBatch(tuple(pack_units(units, self._capacity)))
 
     def accumulate(self, images: Tensor, targets: Tensor, part: Part) -> None:
         del part  # without privacy a sample is a sample, whosever it is
@@ -97,5 +103,6 @@ class _PlainSetup:
         torch.autograd.backward(self._loss(self._model(images), targets).sum() / self._samples)
 
     def step(self) -> None:
+        self._team.add_gradients(self._parameters)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

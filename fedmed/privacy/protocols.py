@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from fedmed.privacy.gradients import PerSampleLoss
 from fedmed.privacy.sampling import LogicalBatch, Part
+from fedmed.privacy.team import ALONE, Team
 from fedmed.types import Cohort, DPSpec
 
 
@@ -17,7 +18,10 @@ class TrainSetup(Protocol):
     """One model being trained for a fixed number of steps."""
 
     def batches(self) -> Iterator[LogicalBatch]:
-        """Exactly as many logical batches as steps were asked for; some may be empty."""
+        """Exactly as many logical batches as steps were asked for; some may be empty.
+
+        Of a team's batch each worker gets its own share.
+        """
 
     def accumulate(self, images: Tensor, targets: Tensor, part: Part) -> None:
         """Add one part of the current batch to the gradient.
@@ -45,6 +49,7 @@ class Engine(Protocol):
         steps: int,
         physical_batch_size: int,
         copies: int = 1,
+        team: Team = ALONE,
     ) -> TrainSetup:
         """Get ready to train ``model`` in place for ``steps`` steps.
 
@@ -53,6 +58,7 @@ class Engine(Protocol):
             loss: one value a sample.
             physical_batch_size: most samples (images times copies) in one forward pass.
             copies: augmented copies of each image, averaged.
+            team: who takes the steps together; every worker prepares alike.
 
         Raises:
             IncompatibleModel: the network cannot be trained this way.

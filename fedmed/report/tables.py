@@ -116,6 +116,16 @@ def comparison_table(runs: Sequence[tuple[RunLabel, Summary]]) -> Table:
     return table
 
 
+def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of texts."""
+    table = _table("", "")
+    for name in columns:
+        _column(table, name)
+    for row in rows:
+        _row(table, *row)
+    return table
+
+
 def print_table(table: Table, file: TextIO | None = None) -> None:
     """Prints ``table`` so that no cell is cut: drawn on a terminal, plain text elsewhere.
 

@@ -74,16 +74,10 @@ def unpack(model: nn.Module, arrays: PackedArrays) -> None:
                     f"tensor {entry.name!r} of shape {list(entry.shape)} does not fit the model",
                     "both ends must build the same network",
                 )
-            flat = view(arrays, entry)
-            if str(flat.dtype) != str(target.dtype).removeprefix("torch."):
-                raise UpdateRejected(f"tensor {entry.name!r} has dtype {flat.dtype}")
-            _copy(flat.reshape(entry.shape), target.detach())
-
-
-def view(arrays: PackedArrays, entry: TensorEntry) -> NDArray[np.generic]:
-    """Flat slice of one tensor, without copying."""
-    size = int(np.prod(entry.shape, dtype=np.int64))
-    return arrays.buffers[entry.buffer][entry.offset : entry.offset + size]
+            values = arrays.tensor(entry)
+            if str(values.dtype) != str(target.dtype).removeprefix("torch."):
+                raise UpdateRejected(f"tensor {entry.name!r} has dtype {values.dtype}")
+            _copy(values, target.detach())
 
 
 def _copy(source: NDArray[np.generic], target: Tensor) -> None:

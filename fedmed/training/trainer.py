@@ -18,6 +18,7 @@ from fedmed.data.augment import BatchAugment
 from fedmed.data.site import PreparedSplit, SiteData
 from fedmed.models.losses import make_loss
 from fedmed.privacy.engine import Engine, Part, TrainSetup
+from fedmed.privacy.team import ALONE, Team
 from fedmed.training.arrays import pack, personal_state, unpack
 from fedmed.training.build import build
 from fedmed.training.loop import run_steps
@@ -62,6 +63,8 @@ class Prepared:
     optimizer: Optimizer
     engine: Engine
     setup: TrainSetup
+    cohort: Cohort
+    personal: Mapping[str, Tensor]
 
 
 def derived_seed(*parts: object) -> int:
@@ -113,11 +116,13 @@ class Trainer:
     Args:
         data: the site's prepared images.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        team: who trains together; each worker has a trainer of its own.
     """
 
-    def __init__(self, data: SiteData, device: str = "auto") -> None:
+    def __init__(self, data: SiteData, device: str = "auto", team: Team = ALONE) -> None:
         self._device = pick_device(device)
         self._data = data.to(self._device)
+        self._team = team
 
     def cohort(self, unit: PrivacyUnit) -> Cohort:
         """Training units after opt-outs, read again at every call."""
@@ -164,8 +169,9 @@ class Trainer:
             steps=task.trainer.local_steps,
             physical_batch_size=task.trainer.physical_batch_size,
             copies=task.trainer.augment_copies,
+            team=self._team,
         )
-        return Prepared(task, model, optimizer, engine, setup)
+        return Prepared(task, model, optimizer, engine, setup, cohort, personal)
 
     def fit(self, prepared: Prepared) -> FitResult:
         """One round of local work."""
@@ -179,6 +185,7 @@ class Trainer:
             seed = secrets.randbits(63)
         else:
             seed = derived_seed(task.seed, "train", task.round, self._data.name)
+            seed += self._team.rank  # no two workers augment alike
         with torch.random.fork_rng(devices=_cuda_devices(self._device)):
             torch.manual_seed(seed)
             source = _AugmentedSplit(

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from doubles import make_task
 
 from fedmed.audit.log import AuditLog, read
 from fedmed.data.site import load_sites
 from fedmed.data.spec import PartitionSpec, PrepSpec
 from fedmed.data.synthetic import SyntheticSpec, make_phantoms
-from fedmed.errors import BudgetExhausted, ConfigError, FedmedError, ModelError, PolicyRefused
+from fedmed.errors import (
+    BudgetExhausted,
+    ConfigError,
+    FedmedError,
+    ModelError,
+    PolicyRefused,
+    TrainingFailed,
+)
 from fedmed.federation.accounts import Account, Accounts
 from fedmed.federation.policy import SitePolicy, public_size
 from fedmed.federation.site_agent import SiteAgent
+from fedmed.privacy.engine import PlainEngine
 from fedmed.privacy.ledger import Ledger
+from fedmed.privacy.team import ALONE
 from fedmed.training.arrays import pack
 from fedmed.training.build import build
+from fedmed.training.devices import CrewTrainer
 from fedmed.training.trainer import Trainer
 from fedmed.types import (
     AugmentSpec,
@@ -46,14 +58,14 @@ def data(tmp_path_factory):
 def agent(data, tmp_path):
     made: list[SiteAgent] = []
 
-    def make(**rules) -> SiteAgent:
+    def make(trainer=None, **rules) -> SiteAgent:
         for earlier in made:
             earlier.close()
         policy = SitePolicy(**{"max_epsilon": math.inf, **rules})
         account = Account(Ledger(tmp_path / "ledger.db"), "s0")
         site = SiteAgent(
             name="s0",
-            trainer=Trainer(data, "cpu"),
+            trainer=trainer or Trainer(data, "cpu"),
             policy=policy,
             accounts=Accounts([account], policy),
             audit=AuditLog(tmp_path / "audit.jsonl"),
@@ -218,7 +230,7 @@ def test_augmentation_under_dp_does_not_follow_the_studys_seed(data, monkeypatch
         return split(*args)
 
     monkeypatch.setattr(module, "_AugmentedSplit", spy)
-    from fedmed.privacy.engine import DPEngine, PlainEngine
+    from fedmed.privacy.engine import DPEngine
 
     trainer = Trainer(data, "cpu")
     for dp in (ASK, ASK, None, None):
@@ -229,6 +241,60 @@ def test_augmentation_under_dp_does_not_follow_the_studys_seed(data, monkeypatch
         trainer.fit(trainer.prepare(task, engine, cohort, {}))
     assert seeds[0] != seeds[1]
     assert seeds[2] == seeds[3]
+
+
+class OneWorker:
+    """A crew in this process; what would cross to another is pickled."""
+
+    def run(self, work, *arguments):
+        self.handed = pickle.loads(pickle.dumps(arguments))
+        return pickle.loads(pickle.dumps([work(ALONE, torch.device("cpu"), *self.handed)]))
+
+
+class LosesAWorker(OneWorker):
+    """A crew of which one process dies in its first round, when all the work is done."""
+
+    lost = False
+
+    def run(self, work, *arguments):
+        answers = super().run(work, *arguments)
+        if not self.lost:
+            self.lost = True
+            raise TrainingFailed("process 1 ended with exit code -9", "try again")
+        return answers
+
+
+def test_a_crew_gives_what_one_trainer_gives_and_is_not_told_who_the_patients_are(data):
+    task = task_for(data, dp=None, augment=AugmentSpec(rotate=10), personal=("bn",))
+    crew = OneWorker()
+    fits = []
+    for trainer in (Trainer(data, "cpu"), CrewTrainer(data, crew)):
+        cohort = trainer.cohort(PrivacyUnit.PATIENT)
+        fits.append(trainer.fit(trainer.prepare(task, PlainEngine(4, 0), cohort, {})))
+    assert fits[0].arrays.sha256() == fits[1].arrays.sha256() != task.arrays.sha256()
+    assert fits[0].images == fits[1].images
+    assert fits[0].personal
+    assert all(torch.equal(t, fits[1].personal[n]) for n, t in fits[0].personal.items())
+    handed = crew.handed[0]
+    assert list(handed.splits) == ["train"]
+    assert not handed.splits["train"].patients
+    assert not handed.splits["train"].records
+    assert not handed.sources
+
+
+def test_a_lost_worker_ends_the_round_and_its_charge_stays_spent(agent, data, tmp_path):
+    site = agent(trainer=CrewTrainer(data, LosesAWorker()))
+    task = task_for(data)
+    with pytest.raises(TrainingFailed):
+        site.train(task)
+    assert [c.update_sha256 for c in charges(tmp_path)] == [None]
+    update = site.train(task)
+    assert update.released is not None
+    assert update.released.steps == 2
+    assert [c.update_sha256 for c in charges(tmp_path)] == [None, update.arrays.sha256()]
+    site.close()
+    events = [(e["event"], e.get("code")) for e in read(tmp_path / "audit.jsonl")]
+    assert ("task-refused", "TrainingFailed") in events
 
 
 def test_errors_are_fedmeds_own():

@@ -179,6 +179,16 @@ def test_resume_of_a_finished_run_changes_nothing(run):
     assert (again.metrics, again.weights) == (rows, weights)
 
 
+def test_a_run_may_be_resumed_on_other_devices(run):
+    first = run()
+    file = first.folder / "config.yaml"
+    text = file.read_text()
+    assert "device: auto" in text
+    assert "devices: 1" in text
+    file.write_text(text.replace("device: auto", "device: cpu").replace("devices: 1", "devices: 2"))
+    assert run(resume=True).weights == first.weights
+
+
 def test_one_site_only(run):
     done = run("data.synthetic.sites=1")
     assert list(done.summary["sites"]) == ["site-1"]

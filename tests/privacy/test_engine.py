@@ -169,8 +169,8 @@ class ClipsImages(DPEngine):
 class NormalisesByTheBatch(DPEngine):
     """Divides by the units drawn, as Opacus' and others' loops do with the real batch size."""
 
-    def draw(self, cohort, capacity):
-        batch = super().draw(cohort, capacity)
+    def draw(self, cohort, capacity, *team):
+        batch = super().draw(cohort, capacity, *team)
         self._drawn = max(1, sum(part.n_units for part in batch.parts))
         return batch
 
@@ -181,8 +181,8 @@ class NormalisesByTheBatch(DPEngine):
 class SkipsEmptyBatches(DPEngine):
     """Neither noises nor counts a step for which nobody was drawn."""
 
-    def draw(self, cohort, capacity):
-        batch = super().draw(cohort, capacity)
+    def draw(self, cohort, capacity, *team):
+        batch = super().draw(cohort, capacity, *team)
         self._empty = not batch.parts
         return batch
 
@@ -197,7 +197,7 @@ class SkipsEmptyBatches(DPEngine):
 class SeededNoise(DPEngine):
     """Takes noise and samples from torch's generator."""
 
-    def draw(self, cohort, capacity):
+    def draw(self, cohort, capacity, *team):
         return LogicalBatch(())
 
     def privatise(self, total):

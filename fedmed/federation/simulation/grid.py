@@ -10,18 +10,18 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+
+from fedmed.federation.flower import identify
 
 CLIENT_ERROR = int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
-_SERVER_NODE = 1
 
 _log = logging.getLogger(__name__)
 Handler = Callable[[Message], Message]
@@ -31,14 +31,6 @@ def through_wire(message: Message) -> Message:
     """Encode a message to bytes and decode it again."""
     wire = message_to_proto(message).SerializeToString()
     return message_from_proto(MessageProto.FromString(wire))
-
-
-def context_of(run_id: int, node_id: int, site: str) -> Context:
-    """A client app's context, as a SuperNode would hand it over."""
-    return Context(
-        run_id=run_id, node_id=node_id, node_config={"site": site}, state=RecordDict(),
-        run_config={},
-    )  # fmt: skip
 
 
 def no_such_node(message: Message) -> Message:
@@ -62,9 +54,7 @@ class InProcessGrid(Grid):
         self._strict = strict
         self._pending: dict[str, Message] = {}
         self._run = Run.create_empty(run_id)
-        TaskIdentity.run_id = run_id
-        TaskIdentity.node_id = _SERVER_NODE
-        TaskIdentity.task_id = 1
+        identify(run_id)
 
     def set_run(self, run: Run) -> None:
         """Take a run as Flower describes it."""
@@ -103,22 +93,20 @@ class InProcessGrid(Grid):
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Deliver one after the other until the time is up.
+    ) -> Iterator[Message]:
+        """Deliver one after the other, as answers are asked for, until the time is up.
 
         A node that has started is not interrupted; an answer after the deadline is dropped
         and nodes not reached by then are not asked, as on a network.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        replies = []
         for identifier in self.push_messages(messages):
             if deadline is not None and time.monotonic() > deadline:
                 self._pending.pop(identifier)
                 continue
             answers = list(self.pull_messages([identifier]))
             if deadline is None or time.monotonic() <= deadline:
-                replies += answers
-        return replies
+                yield from answers
 
     def _deliver(self, message: Message) -> Message:
         handler = self._handlers.get(message.metadata.dst_node_id)

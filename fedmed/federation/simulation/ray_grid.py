@@ -145,25 +145,29 @@ class RayGrid(InProcessGrid):
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    ) -> Iterator[Message]:
         """Send to all actors at once; answers that miss the deadline are dropped."""
         self._start_missing()
         asked: dict[Any, Message] = {}
-        replies = []
+        missing: list[Message] = []
         for identifier in self.push_messages(messages):
             message = self._pending.pop(identifier)
             actor = self._actors.get(message.metadata.dst_node_id)
             if actor is None:
-                replies.append(no_such_node(message))
+                missing.append(no_such_node(message))
                 continue
             wire = message_to_proto(message).SerializeToString()
             asked[actor.answer.remote(wire)] = message
+        yield from missing
         if not asked:
-            return replies
+            return
         done, late = self._ray.wait(list(asked), num_returns=len(asked), timeout=timeout)
         for reference in late:
             self._ray.cancel(reference)  # what has not begun need not
-        return replies + [self._read(reference, asked[reference]) for reference in done]
+        # One at a time out of Ray's store, in the order in which they were asked.
+        finished = set(done)
+        for reference in [r for r in asked if r in finished]:
+            yield self._read(reference, asked[reference])
 
     def close(self) -> None:
         """Stop the actors, and Ray if this grid started it."""

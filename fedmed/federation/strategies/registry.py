@@ -21,6 +21,7 @@ class StrategyEntry:
         flower: class name in ``flwr.serverapp.strategy``.
         params: allowed parameters and their types.
         least_sites: fewest sites it can aggregate.
+        averages: it sees the updates only through their weighted mean.
     """
 
     name: str
@@ -28,6 +29,7 @@ class StrategyEntry:
     description: str
     params: Mapping[str, type] = field(default_factory=dict)
     least_sites: int = 1
+    averages: bool = False
 
 
 _ADAPTIVE = {"eta": float, "eta_l": float, "beta_1": float, "beta_2": float, "tau": float}
@@ -37,19 +39,26 @@ _MALICIOUS = {"num_malicious_nodes": int}
 STRATEGIES: Mapping[str, StrategyEntry] = {
     e.name: e
     for e in (
-        StrategyEntry("fedavg", "FedAvg", "weighted mean (McMahan et al. 2017)"),
+        StrategyEntry(
+            "fedavg", "FedAvg", "weighted mean (McMahan et al. 2017)", averages=True
+        ),
         StrategyEntry(
             "fedprox", "FedProx", "mean with a pull to the global weights (Li et al. 2020)",
-            {"proximal_mu": float},
+            {"proximal_mu": float}, averages=True,
         ),
-        StrategyEntry("fedadam", "FedAdam", "Adam at the server (Reddi et al. 2021)", _ADAPTIVE),
-        StrategyEntry("fedyogi", "FedYogi", "Yogi at the server (Reddi et al. 2021)", _ADAPTIVE),
         StrategyEntry(
-            "fedadagrad", "FedAdagrad", "Adagrad at the server (Reddi et al. 2021)", _ADAGRAD
+            "fedadam", "FedAdam", "Adam at the server (Reddi et al. 2021)", _ADAPTIVE, averages=True
+        ),
+        StrategyEntry(
+            "fedyogi", "FedYogi", "Yogi at the server (Reddi et al. 2021)", _ADAPTIVE, averages=True
+        ),
+        StrategyEntry(
+            "fedadagrad", "FedAdagrad", "Adagrad at the server (Reddi et al. 2021)", _ADAGRAD,
+            averages=True,
         ),
         StrategyEntry(
             "fedavgm", "FedAvgM", "mean with server momentum (Hsu et al. 2019)",
-            {"server_learning_rate": float, "server_momentum": float},
+            {"server_learning_rate": float, "server_momentum": float}, averages=True,
         ),
         StrategyEntry("fedmedian", "FedMedian", "coordinate-wise median (Yin et al. 2018)"),
         StrategyEntry(
@@ -116,3 +125,16 @@ def make_strategy(
         **checked,
     )
     return strategy
+
+
+_AVERAGING = frozenset(e.flower for e in STRATEGIES.values() if e.averages)
+
+
+def averages(strategy: Strategy) -> bool:
+    """Whether a strategy sees the updates only through their weighted mean."""
+    return type(strategy).__module__.startswith("flwr.") and type(strategy).__name__ in _AVERAGING
+
+
+def is_plain_mean(strategy: Strategy) -> bool:
+    """Whether that mean is already its result."""
+    return averages(strategy) and type(strategy).__name__ in ("FedAvg", "FedProx")

@@ -23,6 +23,7 @@ from fedmed.privacy.clipping.layout import Layout, Piece, pieces
 from fedmed.privacy.clipping.proof import prove
 from fedmed.privacy.clipping.tape import REMEDY, Precision, Tape, clip_factors
 from fedmed.privacy.gradients import PerSampleLoss, check_network
+from fedmed.privacy.row_norms import row_norms
 
 CHOOSER = Chooser()
 """Remembers the fastest ways for all of a process."""
@@ -165,7 +166,7 @@ class BookKeepingGradients:
             for p in parameters
         ]
         _forget_gradients(parameters)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+        norm = torch.linalg.vector_norm(torch.cat([row_norms(g[None]) for g in grads]))
         factor = clip_factors(norm / precision.scale, max_norm, precision) / precision.scale
         # 0 times infinity is not 0.
         return [torch.where(factor > 0, g * factor, torch.zeros_like(g)) for g in grads]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fedmed.privacy.clipping.layout import Layout, Span
+from fedmed.privacy.row_norms import row_norms
 
 _ROUNDING: Final = 4.0  # rounding errors by which Gram norms are enlarged
 
@@ -140,8 +141,7 @@ def owned(tensor: Tensor) -> Tensor:
 
 def squared_norms(gradients: Tensor) -> Tensor:
     """Squared Euclidean norm of each row of ``[units, ...]``."""
-    norms: Tensor = torch.linalg.vector_norm(gradients.permute(_order(gradients)).flatten(1), dim=1)
-    return norms.square_()
+    return row_norms(gradients.permute(_order(gradients)).flatten(1)).square_()
 
 
 def weighted_sum(gradients: Tensor, factors: Tensor) -> Tensor:

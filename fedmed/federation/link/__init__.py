@@ -1,0 +1,1 @@
+"""The network between one coordinator and its sites: HTTPS, each end known by its key."""

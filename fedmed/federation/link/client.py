@@ -1,0 +1,364 @@
+"""A site's end of the link: one outgoing connection to one address, and no other."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from fedmed import __version__
+from fedmed.errors import LinkError, LinkRefused, TrustError, Unreachable
+from fedmed.federation.files import PIECE
+from fedmed.hashing import PassingHash
+from fedmed.trust.statements import MOST
+
+_TIMEOUT: Final = 60.0  # seconds without a byte
+_TELLS: Final = 400  # characters of a refusal that are shown
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the coordinator is.
+
+    Attributes:
+        host: name or IP address; IPv6 without brackets.
+        proxy: ``host:port`` of an HTTP proxy that tunnels TLS (CONNECT), or None.
+    """
+
+    host: str
+    port: int
+    proxy: str | None = None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Files by which both ends know each other.
+
+    Attributes:
+        authority: PEM certificates that the coordinator's must be issued by.
+        own: the site's private key and certificate in one PEM file, so that both are replaced
+            at once.
+    """
+
+    authority: Path
+    own: Path
+
+
+class SiteLink:
+    """Asks for tasks, fetches payloads and brings answers.
+
+    One connection is kept open between requests and opened anew where it broke. Redirects are
+    not followed.
+
+    Args:
+        bytes_per_second: most bytes a second in answers, or None.
+        tap: sees everything that is written, before encryption (for tests of what leaves).
+
+    Attributes:
+        written: bytes written so far, before encryption.
+        date: the coordinator's clock as its last answer told (HTTP ``Date``), or an empty text.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        identity: Identity,
+        *,
+        bytes_per_second: float | None = None,
+        tap: Callable[[bytes], None] | None = None,
+    ) -> None:
+        self._address = address
+        self._identity = identity
+        self._rate = bytes_per_second
+        self._tap = tap
+        self._connection: http.client.HTTPSConnection | None = None
+        self._response: http.client.HTTPResponse | None = None
+        self.written = 0
+        self.date = ""
+
+    def task(self, phase: str, wait: float) -> bytes | None:
+        """The sealed statement of the task that waits for this site, or None.
+
+        Args:
+            phase: what the site says of itself (``waiting``, ``paused``).
+            wait: seconds to wait for a task.
+
+        Raises:
+            Unreachable: worth another try.
+            LinkRefused: the coordinator said no.
+            TrustError: the other end is not the coordinator.
+        """
+        body = json.dumps({"phase": phase, "wait": wait}).encode()
+        return self._request("/v1/task", body) or None
+
+    def phase(self, phase: str) -> None:
+        """Say that the site is at work. Raises as :meth:`task` does."""
+        self._request("/v1/phase", json.dumps({"phase": phase}).encode())
+
+    def replace_key(self, certificate: bytes) -> None:
+        """Have a new certificate enrolled. Raises as :meth:`task` does."""
+        self._request("/v1/key", certificate)
+
+    def fetch(self, sha256: str, size: int, path: Path) -> None:
+        """Get a payload into a file; what an earlier try got is not fetched again.
+
+        Raises:
+            TrustError: the content is not what the statement signed.
+            OSError: the disk is full.
+            Otherwise as :meth:`task`.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{sha256}.part")
+        if part.exists() and part.stat().st_size > size:
+            part.unlink()
+        digest = PassingHash()
+        try:
+            with part.open("a+b") as file:
+                self._fetch_rest(file, sha256, size, digest)
+            found = digest.hexdigest()
+        finally:
+            digest.close()
+        if found != sha256:
+            part.unlink()
+            raise TrustError("the task's payload is not what was signed", "it is fetched again")
+        part.replace(path)
+
+    def _fetch_rest(self, file: BinaryIO, sha256: str, size: int, digest: PassingHash) -> None:
+        """Append what an earlier try did not get; the hash covers both."""
+        file.seek(0)
+        start = 0
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            start += len(piece)
+        if start == size:
+            return
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        response = self._send("GET", f"/v1/payload/{sha256}", headers)
+        if start and response.status != 206:
+            self.close()
+            file.truncate(0)
+            raise Unreachable("the payload cannot be continued", "it is fetched from its beginning")
+        rest = size - start
+        while rest and (piece := self._read(response, min(PIECE, rest))):
+            digest.update(piece)
+            file.write(piece)
+            rest -= len(piece)
+        if rest or self._read(response, 1):
+            self.close()
+            raise Unreachable("the payload broke off", "it goes on from there")
+
+    def answer(self, sealed: bytes, payload: Path | None) -> int:
+        """Bring an answer.
+
+        Args:
+            payload: its file, or None for an empty one.
+
+        Returns:
+            Bytes of the request's body.
+
+        Raises:
+            As :meth:`task`; a refusal is final for this answer.
+        """
+        head = struct.pack("<I", len(sealed)) + sealed
+        length = len(head) + (payload.stat().st_size if payload else 0)
+        response = self._send(
+            "POST", "/v1/answer", {"Content-Length": str(length)}, partial(_pieces, head, payload)
+        )
+        self._finish(response)
+        return length
+
+    def close(self) -> None:
+        """Hang up; the next request connects again."""
+        connection, self._connection = self._connection, None
+        response, self._response = self._response, None
+        if response is not None:
+            response.close()  # it keeps the socket of a connection that its server has ended
+        if connection is not None:
+            connection.close()
+
+    # ----
+
+    def _request(self, path: str, body: bytes) -> bytes:
+        headers = {"Content-Length": str(len(body))}
+        return self._finish(self._send("POST", path, headers, lambda: iter([body])))
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        body: Callable[[], Iterator[bytes]] = lambda: iter(()),
+    ) -> http.client.HTTPResponse:
+        """Send a request and read the answer's head; once more where a kept connection had ended.
+
+        A refusal is raised here.
+        """
+        kept = self._connection is not None
+        try:
+            response = self._send_once(method, path, headers, body)
+        except (OSError, http.client.HTTPException) as error:
+            if not kept or isinstance(error, ssl.SSLCertVerificationError):
+                raise self._failed(error) from error
+            self.close()
+            try:
+                response = self._send_once(method, path, headers, body)
+            except (OSError, http.client.HTTPException) as again:
+                raise self._failed(again) from again
+        self.date = response.getheader("Date", "")
+        if response.status in (200, 204, 206):
+            return response
+        shown = _shown(self._read(response, 4 * _TELLS).decode(errors="replace"))
+        self.close()
+        if 300 <= response.status < 400:
+            raise TrustError(
+                f"the coordinator's address answers with a redirect ({response.status})",
+                "it is not followed; check the address with the coordinator's staff",
+            )
+        if response.status in (502, 503, 504, 507):
+            raise Unreachable(f"the coordinator cannot answer now: {shown}", "tried again later")
+        raise LinkRefused(response.status, f"the coordinator refused ({response.status}): {shown}")
+
+    def _send_once(
+        self,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        body: Callable[[], Iterator[bytes]],
+    ) -> http.client.HTTPResponse:
+        connection = self._connection = self._connection or self._connect()
+        connection.putrequest(method, path, skip_accept_encoding=True)
+        for name, value in {"User-Agent": f"fedmed/{__version__}", **headers}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        begun, sent = time.monotonic(), 0
+        for piece in body():
+            connection.send(piece)
+            sent += len(piece)
+            if self._rate is not None:
+                time.sleep(max(0.0, sent / self._rate - (time.monotonic() - begun)))
+        self._response = connection.getresponse()
+        return self._response
+
+    def _failed(self, error: Exception) -> LinkError | TrustError:
+        """Hang up, and say why. (A name for what is raised would tie the socket into a cycle.)"""
+        failure = _translated(self._last_word(error), self._address)
+        self.close()
+        return failure
+
+    def _last_word(self, error: Exception) -> Exception:
+        """Why the other end hung up, if it said so.
+
+        It looks at this site's certificate after TLS has begun for this end, so that a request
+        may break on the end of the connection before the alert is read.
+        """
+        broken = isinstance(error, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError)
+        connection = self._connection
+        if broken and connection is not None and connection.sock is not None:
+            try:
+                connection.sock.recv(1)
+            except OSError as alert:
+                if isinstance(alert, ssl.SSLError) and "ALERT" in (alert.reason or ""):
+                    return alert
+        return error
+
+    def _connect(self) -> _Connection:
+        host, port, proxy = self._address.host, self._address.port, self._address.proxy
+        context = _context(self._identity)
+        if proxy is None:
+            return _Connection(host, port, context, self._seen)
+        name, _, number = proxy.rpartition(":")
+        connection = _Connection(name, int(number), context, self._seen)
+        connection.set_tunnel(host, port)
+        return connection
+
+    def _seen(self, data: bytes) -> None:
+        self.written += len(data)
+        if self._tap is not None:
+            self._tap(bytes(data))
+
+    def _read(self, response: http.client.HTTPResponse, most: int) -> bytes:
+        try:
+            return response.read(most)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise _translated(error, self._address) from error
+
+    def _finish(self, response: http.client.HTTPResponse) -> bytes:
+        content = self._read(response, MOST + 1)
+        if len(content) > MOST:
+            self.close()
+            raise LinkError("the coordinator's answer is too long", "ask its staff")
+        return content
+
+
+class _Connection(http.client.HTTPSConnection):
+    """An HTTPS connection whose plain text can be watched."""
+
+    def __init__(
+        self, host: str, port: int, context: ssl.SSLContext, tap: Callable[[bytes], None]
+    ) -> None:
+        super().__init__(host, port, timeout=_TIMEOUT, context=context)
+        self._tap = tap
+
+    def send(self, data: Any) -> None:
+        self._tap(data)
+        super().send(data)
+
+
+def _context(identity: Identity) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(identity.authority)
+        context.load_cert_chain(identity.own)
+    except (OSError, ssl.SSLError) as error:
+        raise TrustError(
+            f"the site's key and certificate {identity.own}, or the study's authority, cannot "
+            "be used",
+            "see fedmed site check",
+        ) from error
+    return context
+
+
+def _pieces(head: bytes, payload: Path | None) -> Iterator[bytes]:
+    yield head
+    if payload is not None:
+        with payload.open("rb") as file:
+            while piece := file.read(PIECE):
+                yield piece
+
+
+def _shown(text: str) -> str:
+    """The other end's words, made safe to print and to keep."""
+    return "".join(c if c.isprintable() else " " for c in text[:_TELLS])
+
+
+def _translated(error: Exception, address: Address) -> LinkError | TrustError:
+    where = f"{address.host}:{address.port}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return TrustError(
+            f"{where} does not show the study's certificate ({error.verify_message})",
+            "nothing was sent; check clock and address, then ask the coordinator's staff",
+        )
+    if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
+        return LinkRefused(
+            403,
+            f"{where} does not admit this site's certificate",
+            "have it enrolled; it may have been revoked",
+        )
+    if isinstance(error, socket.gaierror):
+        return Unreachable(
+            f"the name {address.host!r} cannot be resolved", "check DNS or the proxy"
+        )
+    what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return Unreachable(
+        f"{where} cannot be reached ({_shown(what)})", "check network, firewall and proxy"
+    )

@@ -1,0 +1,199 @@
+"""What the coordinator does with a site's requests, whatever carries them."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from fedmed.errors import FedmedError, LinkRefused, TrustError
+from fedmed.federation.files import PIECE
+from fedmed.federation.link.store import Store, TaskRow
+from fedmed.hashing import PassingHash
+from fedmed.trust import certificates
+from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, unseal
+
+_LONGEST_POLL: Final = 25.0
+_MOST_KEYS: Final = 4  # certificates of one site in force at once
+_SLACK: Final = 1 << 20  # bytes an answer's file may have beyond its arrays
+
+
+class Body(Protocol):
+    """What is left of a request."""
+
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes; none at the end."""
+
+
+class Desk:
+    """Hands out tasks and takes answers.
+
+    Args:
+        spool: folder of payloads.
+        most_bytes: largest arrays of an answer, from the plan.
+        on_answer: told of each answer before it counts; if it fails the site tries again.
+        on_rejected: told of each answer that is refused: site, HTTP status, reason.
+        on_key: told of each key that a site replaced: site, the new key's fingerprint.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        spool: Callable[[str], Path],
+        most_bytes: int,
+        on_answer: Callable[[AnswerStatement], None],
+        on_rejected: Callable[[str, int, str], None],
+        on_key: Callable[[str, str], None],
+    ) -> None:
+        self._store = store
+        self._spool = spool
+        self._most = most_bytes + _SLACK
+        self._on_answer = on_answer
+        self._on_rejected = on_rejected
+        self._on_key = on_key
+
+    def task_for(
+        self, site: str, phase: str, wait: float, closing: threading.Event
+    ) -> bytes | None:
+        """The task that waits for a site, at the latest after ``wait`` seconds."""
+        self._store.seen(site, phase)
+        until = time.monotonic() + min(wait, _LONGEST_POLL)
+        while True:
+            before = self._store.changes
+            row = self._store.open_task(site)
+            if row is not None:
+                self._store.delivered(row.id)
+                return row.statement
+            rest = until - time.monotonic()
+            if rest <= 0 or closing.is_set():
+                return None
+            self._store.wait(before, min(rest, 1.0))
+
+    def payload_for(self, site: str, sha256: str) -> tuple[Path, int]:
+        """The file of a task that waits for this site.
+
+        Raises:
+            LinkRefused: the site has no such task.
+        """
+        row = self._store.open_task(site)
+        if row is None or row.payload != sha256:
+            raise LinkRefused(404, "no task of yours has this payload", "ask for a task")
+        path = self._spool(row.run) / sha256
+        return path, peek(TaskStatement, row.statement).size
+
+    def take_answer(self, site: str, sealed: bytes, body: Body, length: int) -> bool:
+        """Check and keep an answer; one that comes twice counts once.
+
+        Returns:
+            False if the task was answered before; the body is not read then.
+
+        Raises:
+            LinkRefused: with a reason; the task stays open.
+        """
+        try:
+            return self._take_answer(site, sealed, body, length)
+        except LinkRefused as error:
+            self._store.count(site, rejected=1)
+            self._on_rejected(site, error.status, str(error))
+            raise
+
+    def _take_answer(self, site: str, sealed: bytes, body: Body, length: int) -> bool:
+        statement = self._signed(site, sealed)
+        row = self._store.task(statement.task)
+        if statement.site != site or row is None or row.site != site:
+            raise LinkRefused(409, "the answer belongs to no task of this site", "ask for a task")
+        _check_same(statement, row)
+        if statement.size != length or length > self._most:
+            raise LinkRefused(413, "the answer is larger than the plan allows, or than it says")
+        if row.answer is not None:
+            return False
+        self._check_open(row)
+        self._keep(statement, body, self._spool(row.run))
+        row = self._store.task(row.id) or row
+        if row.answer is not None:
+            return False
+        self._check_open(row)  # an answer is long on its way: the site may be shut out by now
+        self._on_answer(statement)  # first: what cannot be written down is not acknowledged
+        new = self._store.answer(row.id, sealed)
+        if new:
+            counts = {"refusals": 1} if statement.code else {"updates": 1}
+            self._store.count(site, received=length, **counts)
+        return new
+
+    def _check_open(self, row: TaskRow) -> None:
+        open_ = self._store.open_task(row.site)
+        if open_ is None or open_.id != row.id:
+            raise LinkRefused(410, f"round {row.round} is over", "ask for the next task")
+
+    def _signed(self, site: str, sealed: bytes) -> AnswerStatement:
+        for pem in self._store.certificates(site):
+            key = certificates.key_of(certificates.load(pem.encode()))
+            try:
+                return unseal(AnswerStatement, sealed, key)
+            except TrustError:
+                continue
+        raise LinkRefused(403, "the answer is not signed by this site's key", "sign it anew")
+
+    def _keep(self, statement: AnswerStatement, body: Body, spool: Path) -> Path:
+        """The answer's file under its hash, whole or not at all."""
+        temporary = spool / f".{uuid.uuid4().hex}"
+        digest = PassingHash()
+        try:
+            spool.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                rest = statement.size
+                while rest:
+                    piece = body.read(min(PIECE, rest))
+                    if not piece:
+                        raise LinkRefused(400, "the answer broke off", "send it again")
+                    digest.update(piece)
+                    file.write(piece)
+                    rest -= len(piece)
+            if digest.hexdigest() != statement.payload:
+                raise LinkRefused(
+                    422, "the answer's content is not what was signed", "send it again"
+                )
+            return temporary.replace(spool / statement.payload)
+        except OSError as error:
+            raise LinkRefused(
+                507, f"the coordinator cannot keep the answer ({error.strerror})", "try again later"
+            ) from error
+        finally:
+            digest.close()
+            temporary.unlink(missing_ok=True)
+
+    def replace_key(self, site: str, pem: bytes) -> None:
+        """Enrol a new certificate of a site that came with its present one.
+
+        Raises:
+            LinkRefused: it is no certificate of that site, or one too many.
+        """
+        if len(self._store.certificates(site)) > _MOST_KEYS:
+            raise LinkRefused(429, "keys of this site were replaced too often", "wait ten minutes")
+        try:
+            certificate = certificates.load(pem)
+            key = certificates.check_site(certificate, site)
+            # written anew: what came around it would be read at every handshake
+            text = certificates.pem(certificate).decode()
+            self._store.admit(site, certificates.fingerprint(certificate), text)
+        except FedmedError as error:
+            raise LinkRefused(422, str(error)) from error
+        self._on_key(site, key.fingerprint())
+
+    def heard(self, site: str, phase: str) -> None:
+        """A site is at work."""
+        self._store.seen(site, phase)
+
+    def sent(self, site: str, count: int) -> None:
+        """Bytes that went to a site."""
+        self._store.count(site, sent=count)
+
+
+def _check_same(statement: AnswerStatement, row: TaskRow) -> None:
+    asked = peek(TaskStatement, row.statement)
+    for name in ("study", "plan", "run", "round", "site", "log_seq", "log_head"):
+        if getattr(statement, name) != getattr(asked, name):
+            raise LinkRefused(409, f"the answer's {name} is not that of its task", "ask for a task")

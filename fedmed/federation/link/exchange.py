@@ -1,0 +1,72 @@
+"""A site's client app, fed from files and answering into files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from flwr.app import Message, RecordDict
+
+from fedmed.errors import FedmedError, UpdateRejected
+from fedmed.federation.client_app import make_client_app
+from fedmed.federation.flower import RUN_ID, context_of, identify
+from fedmed.federation.link.payload import Payload, read_payload, write_payload
+from fedmed.federation.messages import read_task, refusal_of, refuse
+from fedmed.federation.site_agent import SiteAgent
+from fedmed.types import Refusal, TrainTask
+
+_NODE: Final = 2
+
+
+class Exchange:
+    """Runs the same client app as a simulation does, on messages that lie on disk.
+
+    Args:
+        agent: answers the tasks.
+    """
+
+    def __init__(self, agent: SiteAgent) -> None:
+        identify()
+        self._site = agent.name
+        self._app = make_client_app(lambda _: agent)
+
+    def read(self, request: Path) -> TrainTask:
+        """The task that a request asks for; its arrays are views of the file.
+
+        Raises:
+            ConfigError, UpdateRejected: the request is malformed.
+        """
+        return read_task(Message(read_payload(request), _NODE, "train"))
+
+    def answer(self, request: Path, reply: Path) -> tuple[Payload, str]:
+        """Answer a request.
+
+        Args:
+            request: the task's payload.
+            reply: file for the answer's.
+
+        Returns:
+            The answer, and the reason code if it is a refusal.
+
+        Raises:
+            UpdateRejected: the request is malformed.
+            CheckpointError: the answer cannot be written.
+        """
+        message = Message(read_payload(request), _NODE, "train")
+        answered = self._app(message, context_of(RUN_ID, _NODE, self._site))
+        if answered.has_error():
+            raise UpdateRejected("the request is none that a client app can answer")
+        try:
+            refusal = refusal_of(answered)
+        except FedmedError:
+            refusal = None
+        return write_payload(reply, answered.content), refusal.code if refusal else ""
+
+    def refuse(self, refusal: Refusal, reply: Path) -> Payload:
+        """Answer with a refusal, without a look at the request.
+
+        Raises:
+            CheckpointError: the answer cannot be written.
+        """
+        answered = refuse(Message(RecordDict(), _NODE, "train"), refusal)
+        return write_payload(reply, answered.content)

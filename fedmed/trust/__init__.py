@@ -1,0 +1,1 @@
+"""Who says what: keys, certificates and signed statements."""
