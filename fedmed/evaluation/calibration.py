@@ -100,19 +100,8 @@ def assess_calibration(
     scales = _drawn_temperatures(val, task, fitted, source, resamples, seed)
     if task.kind is TaskKind.MULTICLASS:  # one temperature for all classes
         scales *= len(task.classes)
-    return tuple(
-        _judge(
-            test,
-            name,
-            scales[min(index, len(scales) - 1)],
-            *pair,
-            source,
-            resamples,
-            seed,
-            min_cell,
-        )
-        for name, scale, *pair in zip(_targets(task), scales, before, after, strict=True)
-    )
+    targets = zip(_targets(task), scales, before, after, strict=True)
+    return tuple(_judge(test, *target, source, resamples, seed, min_cell) for target in targets)
 
 
 def _targets(task: TaskSpec) -> tuple[str, ...]:
