@@ -1,0 +1,232 @@
+"""Intervals from resampled patients.
+
+Images of one patient resemble each other, so patients are resampled, whole and with replacement
+(the cluster bootstrap: Davison & Hinkley 1997, "Bootstrap Methods and their Application",
+section 3.8). A resample only changes how often each image counts, so a statistic is a function
+of case weights: what depends on the scores' order is sorted once and every resample costs a few
+cumulative sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats
+
+from fedmed.evaluation.evidence import LEVEL, Figure
+from fedmed.evaluation.intervals import wilson
+
+RESAMPLES: Final = 2000
+MOST_UNDEFINED: Final = 0.05
+"""Largest share of resamples without a value (one class only, say) that an interval survives."""
+_CHUNK: Final = 1 << 18
+"""Case weights made at once: 2 MB, so that a chunk stays in the processor's cache."""
+
+Weighted = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""Case weights ``[B, N]`` to the value under each row of weights ``[B]``, NaN where undefined."""
+
+
+class Shape(Enum):
+    """How an interval is made of the draws; see :func:`interval`."""
+
+    SHARE = auto()  # a value in [0, 1]: a proportion, an area under a curve
+    FREE = auto()  # anything else: distances, differences
+    DISTANCE = auto()  # a value >= 0 that noise can only raise, as the calibration error
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A figure as a function of case weights.
+
+    Attributes:
+        of: the function.
+        shape: of its interval.
+        units: patients that the value rests on (sensitivity: those with a positive image); the
+            interval of a share of exactly 0 or 1, which no resample moves, comes from it.
+    """
+
+    of: Weighted
+    shape: Shape = Shape.FREE
+    units: int | None = None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean over those named statistics of the same mapping that are defined."""
+
+    parts: tuple[str, ...]
+    shape: Shape = Shape.SHARE
+    units: int | None = None
+
+
+Statistics = Mapping[str, Statistic | Mean]
+
+
+def among(statistics: Statistics, rows: NDArray[np.int64], name: str) -> Statistics:
+    """Statistics made for the cases ``rows``, as statistics of all cases called ``name/…``."""
+
+    def over(statistic: Statistic | Mean) -> Statistic | Mean:
+        if isinstance(statistic, Mean):
+            return replace(statistic, parts=tuple(f"{name}/{part}" for part in statistic.parts))
+        of = statistic.of
+        return replace(statistic, of=lambda weights: of(weights[:, rows]))
+
+    return {f"{name}/{key}": over(statistic) for key, statistic in statistics.items()}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A statistic of the cases as they are, and of each resample.
+
+    Attributes:
+        value: NaN where undefined.
+        draws: float64 ``[B]``, NaN where undefined.
+    """
+
+    value: float
+    draws: NDArray[np.float64] = field(repr=False)
+    shape: Shape = Shape.FREE
+    units: int | None = None
+
+    def minus(self, other: Draws) -> Draws:
+        """The difference, resample by resample, of two statistics of the same resamples."""
+        return Draws(self.value - other.value, self.draws - other.draws)
+
+
+def draw(
+    statistics: Statistics,
+    patients: NDArray[np.int64],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int,
+    strata: NDArray[np.int64] | None = None,
+) -> dict[str, Draws]:
+    """Values of all ``statistics`` under the same resamples of patients.
+
+    The resamples depend on ``patients``, ``strata`` and ``seed`` alone: draws of two calls that
+    share them are paired.
+
+    Args:
+        statistics: by name.
+        patients: ``[N]``, the patient of each case.
+        resamples: B.
+        seed: of the resampling.
+        strata: ``[N]``, the site of each case; every site then keeps its number of patients.
+            A patient belongs to the stratum of their first case.
+
+    Raises:
+        ValueError: no case, ``resamples`` below 1, or lengths that differ.
+    """
+    if len(patients) == 0:
+        raise ValueError("expected at least one case to resample")
+    if resamples < 1:
+        raise ValueError(f"expected resamples={resamples} >= 1")
+    if strata is not None and len(strata) != len(patients):
+        raise ValueError(f"expected {len(patients)} strata, one a case, got {len(strata)}")
+    _, first, who = np.unique(patients, return_index=True, return_inverse=True)
+    groups = [np.arange(len(first))] if strata is None else _members(strata[first])
+    rng = np.random.default_rng(seed)
+    plain = {name: s for name, s in statistics.items() if isinstance(s, Statistic)}
+    drawn = {name: np.empty(resamples) for name in plain}
+    step = max(1, _CHUNK // len(patients))
+    for start in range(0, resamples, step):
+        rows = slice(start, min(start + step, resamples))
+        weights = _counts(rng, groups, len(first), rows.stop - start)[:, who.reshape(-1)]
+        for name, statistic in plain.items():
+            drawn[name][rows] = statistic.of(weights)
+    ones = np.ones((1, len(patients)))
+    values = {name: float(s.of(ones)[0]) for name, s in plain.items()}
+    return {
+        name: Draws(values[name], drawn[name], s.shape, s.units)
+        if isinstance(s, Statistic)
+        else _average(s, values, drawn)
+        for name, s in statistics.items()
+    }
+
+
+def interval(draws: Draws, level: float = LEVEL) -> tuple[float, float] | None:
+    """The ``level`` interval, or None where the resamples give none.
+
+    * A share takes the resamples' standard error on the logit scale: it stays in [0, 1] and in
+      simulated studies of 100 to 300 patients covered best of five constructions (percentile,
+      bias-corrected percentile, normal, Wilson with the design effect). A share of exactly 0 or
+      1 does not move under resampling; its interval is Wilson's for as many trials as patients.
+    * A free value takes percentiles.
+    * A distance that noise can only raise is raised once more by resampling: percentiles
+      reflected at the value ("basic" interval, Davison & Hinkley 1997, section 5.2) undo that.
+
+    None where more than :data:`MOST_UNDEFINED` of the resamples are undefined, and where all of
+    them agree without a count of patients to go by.
+    """
+    known = draws.draws[~np.isnan(draws.draws)]
+    if np.isnan(draws.value) or len(known) < (1 - MOST_UNDEFINED) * len(draws.draws):
+        return None
+    error = float(known.std(ddof=1)) if len(known) > 1 else 0.0
+    if draws.shape is Shape.SHARE and draws.value in (0.0, 1.0) and draws.units:
+        return wilson(draws.value * draws.units, draws.units, level)
+    if error < 1e-12:
+        return None
+    if draws.shape is Shape.SHARE and 0 < draws.value < 1:
+        scale = error / (draws.value * (1 - draws.value))
+        reach = stats.norm.ppf((1 + level) / 2) * scale
+        centre = special.logit(draws.value)
+        return float(special.expit(centre - reach)), float(special.expit(centre + reach))
+    low, high = (float(q) for q in np.quantile(known, [(1 - level) / 2, (1 + level) / 2]))
+    if draws.shape is Shape.DISTANCE:
+        low, high = max(0.0, 2 * draws.value - high), max(draws.value, 2 * draws.value - low)
+    return low, high
+
+
+def figure(draws: Draws, source: str, level: float = LEVEL) -> Figure:
+    """The value with its interval; a note says why one of them is missing.
+
+    Args:
+        draws: of the statistic.
+        source: key of what the figure rests on.
+        level: of the interval.
+    """
+    if np.isnan(draws.value):
+        return Figure(None, source, note="undefined: no case, or cases of one class only")
+    ends = interval(draws, level)
+    if ends is None:
+        return Figure(draws.value, source, note="no interval: too few patients that differ")
+    return Figure(draws.value, source, *ends)
+
+
+def _members(strata: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    return [np.flatnonzero(strata == value) for value in np.unique(strata)]
+
+
+def _counts(
+    rng: np.random.Generator, groups: list[NDArray[np.int64]], patients: int, rows: int
+) -> NDArray[np.float64]:
+    """How often each patient is drawn, ``[rows, patients]``."""
+    counts = np.zeros((rows, patients))
+    for members in groups:
+        size = len(members)
+        picks = rng.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
+        drawn = np.bincount(picks.reshape(-1), minlength=rows * size)
+        counts[:, members] = drawn.reshape(rows, size)
+    return counts
+
+
+def _average(
+    mean: Mean, values: Mapping[str, float], drawn: Mapping[str, NDArray[np.float64]]
+) -> Draws:
+    point = _defined_mean(np.array([[values[name]] for name in mean.parts]).reshape(-1, 1))
+    resamples = len(next(iter(drawn.values())))
+    rows = np.array([drawn[name] for name in mean.parts]).reshape(-1, resamples)
+    return Draws(float(point[0]), _defined_mean(rows), mean.shape, mean.units)
+
+
+def _defined_mean(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    known = ~np.isnan(rows)
+    count = known.sum(axis=0)
+    result = np.full(rows.shape[1], np.nan)
+    np.divide(np.where(known, rows, 0.0).sum(axis=0), count, out=result, where=count > 0)
+    return result
