@@ -197,11 +197,9 @@ def _draws(
     if not wanted:
         return {}
     drawn = draw(wanted, cases.patients, resamples=resamples, seed=seed, strata=strata(cases))
-    for key, parts in kept.items():
-        name = key.rsplit("/gap/", 1)[0]
-        drawn[key] = mean_of(
-            [drawn[f"{name}/{p}"].minus(drawn[f"{name}/others/{p}"]) for p in parts]
-        )
+    for (name, metric), keys in kept.items():
+        pairs = ((drawn[f"in {name}/{key}"], drawn[f"out {name}/{key}"]) for key in keys)
+        drawn[f"gap {name}/{metric}"] = mean_of([ours.minus(theirs) for ours, theirs in pairs])
     return drawn
 
 
