@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from fedmed.evaluation.bootstrap import RESAMPLES, draw, figure
 from fedmed.evaluation.calibration import assess_calibration, calibrate, temperatures
 from fedmed.evaluation.cases import Cases
+from fedmed.evaluation.conformal import POOLED, assess_conformal
 from fedmed.evaluation.disclosure import HIDDEN, MIN_CELL, patient_band, suppressed
 from fedmed.evaluation.estimates import statistics, strata
 from fedmed.evaluation.evidence import (
@@ -22,10 +22,9 @@ from fedmed.evaluation.evidence import (
     Subgroups,
 )
 from fedmed.evaluation.records import Predictions
+from fedmed.evaluation.subgroups import Demands, assess_subgroups
 from fedmed.evaluation.thresholds import operating_points
 from fedmed.types import TaskKind, TaskSpec
-
-POOLED: Final = "pooled"
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ def assess(
     operating: tuple[OperatingPoint, ...] = ()
     calibration: tuple[Calibration, ...] = ()
     calibrated: Predictions | None = None
+    tuned: Predictions | None = None
     if task.kind is not TaskKind.SEGMENTATION:
         scales = temperatures(val, task)
         calibrated = calibrate(test.answers(), task, scales)
@@ -92,6 +92,16 @@ def assess(
             hidden=hidden,
         )
 
+    conformal = assess_conformal(
+        test,
+        val,
+        task,
+        source=source,
+        calibrated=None if calibrated is None or tuned is None else (calibrated, tuned),
+        resamples=resamples,
+        seed=seed,
+        min_cell=min_cell,
+    )
     few = suppressed(test.patients, test.sites, min_cell)
     names = np.array(test.sites)
     patients = len(np.unique(test.patients))
@@ -102,8 +112,17 @@ def assess(
         ),
         operating=operating,
         calibration=calibration if patients >= min_cell else (),
-        subgroups=(),
-        conformal=None,
+        subgroups=assess_subgroups(
+            test,
+            task,
+            thresholds,
+            source=source,
+            calibrated=calibrated,
+            resamples=resamples,
+            seed=seed,
+            demands=Demands(min_cell=min_cell),
+        ),
+        conformal=conformal,
     )
 
 

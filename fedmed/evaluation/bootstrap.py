@@ -9,7 +9,7 @@ cumulative sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final
@@ -61,7 +61,6 @@ class Mean:
 
     parts: tuple[str, ...]
     shape: Shape = Shape.SHARE
-    units: int | None = None
 
 
 Statistics = Mapping[str, Statistic | Mean]
@@ -86,6 +85,9 @@ class Draws:
     Attributes:
         value: NaN where undefined.
         draws: float64 ``[B]``, NaN where undefined.
+        shape: of its interval.
+        units: patients that the value rests on, where that is known.
+        unseen: variance that resampling cannot see.
     """
 
     value: float
@@ -93,9 +95,40 @@ class Draws:
     shape: Shape = Shape.FREE
     units: int | None = None
 
+    unseen: float = 0.0
+
     def minus(self, other: Draws) -> Draws:
         """The difference, resample by resample, of two statistics of the same resamples."""
-        return Draws(self.value - other.value, self.draws - other.draws)
+        return Draws(
+            self.value - other.value,
+            self.draws - other.draws,
+            unseen=self.unseen + other.unseen,
+        )
+
+    def error(self) -> float:
+        """Standard error, the part that resampling cannot see included; NaN where undefined."""
+        known = self.draws[~np.isnan(self.draws)]
+        if len(known) < max(2, (1 - MOST_UNDEFINED) * len(self.draws)):
+            return float("nan")
+        return float(np.sqrt(known.var(ddof=1) + self.unseen))
+
+
+def mean_of(parts: Sequence[Draws], shape: Shape = Shape.FREE) -> Draws:
+    """The mean over those ``parts`` that are defined, in the cases and in each resample."""
+    defined = [part for part in parts if not np.isnan(part.value)]
+    if not defined:
+        return Draws(float("nan"), np.full_like(parts[0].draws, np.nan), shape)
+    rows = np.stack([part.draws for part in defined])
+    known = ~np.isnan(rows)
+    draws = np.full(rows.shape[1], np.nan)
+    total = np.where(known, rows, 0.0).sum(axis=0)
+    np.divide(total, known.sum(axis=0), out=draws, where=known.any(axis=0))
+    return Draws(
+        float(np.mean([part.value for part in defined])),
+        draws,
+        shape,
+        unseen=sum(part.unseen for part in defined) / len(defined) ** 2,
+    )
 
 
 def draw(
@@ -140,13 +173,23 @@ def draw(
         for name, statistic in plain.items():
             drawn[name][rows] = statistic.of(weights)
     ones = np.ones((1, len(patients)))
-    values = {name: float(s.of(ones)[0]) for name, s in plain.items()}
-    return {
-        name: Draws(values[name], drawn[name], s.shape, s.units)
-        if isinstance(s, Statistic)
-        else _average(s, values, drawn)
-        for name, s in statistics.items()
-    }
+    result = {name: _drawn(s, float(s.of(ones)[0]), drawn[name]) for name, s in plain.items()}
+    for name, mean in statistics.items():
+        if isinstance(mean, Mean):
+            result[name] = mean_of([result[part] for part in mean.parts], mean.shape)
+    return {name: result[name] for name in statistics}
+
+
+def _drawn(statistic: Statistic, value: float, draws: NDArray[np.float64]) -> Draws:
+    """Draws, with the variance of a share of 0 or 1 that resampling cannot see.
+
+    Two successes and two failures are added to its trials (Agresti & Coull 1998).
+    """
+    unseen = 0.0
+    if statistic.shape is Shape.SHARE and value in (0.0, 1.0) and statistic.units:
+        share = 2 / (statistic.units + 4)
+        unseen = share * (1 - share) / (statistic.units + 4)
+    return Draws(value, draws, statistic.shape, statistic.units, unseen)
 
 
 def interval(draws: Draws, level: float = LEVEL) -> tuple[float, float] | None:
@@ -163,10 +206,9 @@ def interval(draws: Draws, level: float = LEVEL) -> tuple[float, float] | None:
     None where more than :data:`MOST_UNDEFINED` of the resamples are undefined, and where all of
     them agree without a count of patients to go by.
     """
-    known = draws.draws[~np.isnan(draws.draws)]
-    if np.isnan(draws.value) or len(known) < (1 - MOST_UNDEFINED) * len(draws.draws):
+    known, error = draws.draws[~np.isnan(draws.draws)], draws.error()
+    if np.isnan(draws.value) or np.isnan(error):
         return None
-    error = float(known.std(ddof=1)) if len(known) > 1 else 0.0
     if draws.shape is Shape.SHARE and draws.value in (0.0, 1.0) and draws.units:
         return wilson(draws.value * draws.units, draws.units, level)
     if error < 1e-12:
@@ -213,20 +255,3 @@ def _counts(
         drawn = np.bincount(picks.reshape(-1), minlength=rows * size)
         counts[:, members] = drawn.reshape(rows, size)
     return counts
-
-
-def _average(
-    mean: Mean, values: Mapping[str, float], drawn: Mapping[str, NDArray[np.float64]]
-) -> Draws:
-    point = _defined_mean(np.array([[values[name]] for name in mean.parts]).reshape(-1, 1))
-    resamples = len(next(iter(drawn.values())))
-    rows = np.array([drawn[name] for name in mean.parts]).reshape(-1, resamples)
-    return Draws(float(point[0]), _defined_mean(rows), mean.shape, mean.units)
-
-
-def _defined_mean(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    known = ~np.isnan(rows)
-    count = known.sum(axis=0)
-    result = np.full(rows.shape[1], np.nan)
-    np.divide(np.where(known, rows, 0.0).sum(axis=0), count, out=result, where=count > 0)
-    return result
