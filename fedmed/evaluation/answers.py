@@ -88,12 +88,12 @@ def _scores(network: nn.Module, part: PreparedSplit, task: TaskSpec) -> list[Seg
         with torch.no_grad():
             logits = network(images) if len(images) else _no_logits(task)
         truth = part.targets[start : start + _BATCH, 0]
+        labels = predict_probabilities(logits, task)[:, 0].cpu().numpy()
         found.append(
             case_scores(
-                predict_probabilities(logits, task)[:, 0].cpu().numpy(),
-                truth.to(torch.uint8).cpu().numpy(),
-                _foreground(logits, task).cpu().numpy(),
+                Predictions(labels, truth.to(torch.uint8).cpu().numpy()),
                 len(task.classes),
+                probabilities=_foreground(logits, task).cpu().numpy(),
             )
         )
     return found

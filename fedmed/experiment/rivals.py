@@ -14,6 +14,7 @@ from fedmed.errors import DataError
 from fedmed.evaluation.answers import answer
 from fedmed.evaluation.assess import performance
 from fedmed.evaluation.cases import Cases
+from fedmed.evaluation.compare import compare
 from fedmed.evaluation.evidence import Comparison, MatrixCell
 from fedmed.experiment.finished import FinishedRun
 from fedmed.types import Split
@@ -60,16 +61,13 @@ class Rivals:
 
     def comparisons(self) -> tuple[Comparison, ...]:
         """This run against each other one, paired over patients."""
-        from fedmed.evaluation.compare import compare
-
         return tuple(
             compare(
-                self.test,
+                self._of_sites(other),
                 self._answers(other, other.networks()),
                 self.run.task.task,
                 other=other.folder.name,
                 mode=other.summary.mode,
-                metric=self.metric,
                 source=self.source,
                 resamples=self.resamples,
                 seed=self.seed,
@@ -113,6 +111,11 @@ class Rivals:
                 seed=self.seed,
             )
             yield MatrixCell(model, site, found.figures[self.metric])
+
+    def _of_sites(self, other: FinishedRun) -> Cases:
+        """The run's own cases of the sites that the other run has a network for."""
+        able = {site for site, _ in other.networks()}
+        return self.test.take(np.flatnonzero([site in able for site in self.test.sites]))
 
     def _answers(self, run: FinishedRun, networks: Iterator[tuple[str, nn.Module]]) -> Cases:
         hospitals = {hospital.name: hospital for hospital in self.run.hospitals}

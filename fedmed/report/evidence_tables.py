@@ -6,19 +6,24 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from fedmed.evaluation.evidence import Comparison, Evidence, Figure, Gap, Performance, Verdict
+from fedmed.evaluation.evidence import (
+    Comparison,
+    Evidence,
+    Figure,
+    Performance,
+    Subgroups,
+    Verdict,
+)
 from fedmed.report import wording
 from fedmed.report.tables import plain_table
 
-_FEW = 8  # figures a line of sites
+_FEW = 4  # figures a line of sites
 
 
 def with_interval(metric: str, figure: Figure | None) -> str:
-    """``0.912 (0.881 to 0.940)``, or why there is no number."""
-    if figure is None:
+    """``0.912 (0.881 to 0.940)``, or a dash; the report says why."""
+    if figure is None or figure.value is None:
         return wording.UNKNOWN
-    if figure.value is None:
-        return figure.note or wording.UNKNOWN
     value = wording.number(metric, figure.value)
     if figure.low is None or figure.high is None:
         return value
@@ -32,7 +37,7 @@ def evidence_tables(evidence: Evidence) -> Iterator[Table]:
     if evidence.sites:
         yield _sites(evidence)
     for subgroups in evidence.subgroups:
-        yield _groups(subgroups.column, subgroups.groups, subgroups.gaps)
+        yield _groups(subgroups)
     if evidence.conformal is not None:
         yield plain_table(
             (f"sets at {evidence.conformal.level:.0%}", "coverage", "size", "referred"),
@@ -63,9 +68,7 @@ def _pooled(evidence: Evidence) -> Table:
 
 
 def _sites(evidence: Evidence) -> Table:
-    names = list(evidence.pooled.figures)[:_FEW]
-    metric = evidence.metric
-    names = [metric, *(n for n in names if n != metric)][:4]
+    names = [evidence.metric, *(n for n in evidence.pooled.figures if n != evidence.metric)][:_FEW]
     return plain_table(
         ("site", "patients", *map(wording.label, names)),
         [_line(site, names) for site in evidence.sites],
@@ -73,25 +76,32 @@ def _sites(evidence: Evidence) -> Table:
 
 
 def _line(performance: Performance, names: Sequence[str]) -> tuple[str, ...]:
-    if performance.note and not performance.figures:
-        return (performance.name, performance.patients, performance.note, *[""] * (len(names) - 1))
     cells = [with_interval(name, performance.figures.get(name)) for name in names]
     return (performance.name, performance.patients, *cells)
 
 
-def _groups(column: str, groups: Sequence[Performance], gaps: Sequence[Gap]) -> Table:
-    patients = {group.name: group.patients for group in groups}
-    found = [
-        (
-            gap.group,
-            patients.get(gap.group, wording.UNKNOWN),
-            wording.label(gap.metric),
-            with_interval(gap.metric, gap.difference),
-            "GAP" if gap.verdict is Verdict.GAP else str(gap.verdict),
-        )
-        for gap in gaps
-    ]
-    return plain_table((column, "patients", "metric", "against all others", "verdict"), found)
+def _groups(subgroups: Subgroups) -> Table:
+    """A line a comparison; one line a group that nothing can be said of."""
+    lines = []
+    for group in subgroups.groups:
+        gaps = [gap for gap in subgroups.gaps if gap.group == group.name]
+        told = [gap for gap in gaps if gap.verdict is not Verdict.INSUFFICIENT]
+        lines += [
+            (
+                group.name,
+                group.patients,
+                wording.label(gap.metric),
+                with_interval(gap.metric, gap.difference),
+                "GAP" if gap.verdict is Verdict.GAP else str(gap.verdict),
+            )
+            for gap in told
+        ]
+        if not told:
+            unknown = str(Verdict.INSUFFICIENT)
+            lines.append((group.name, group.patients, wording.UNKNOWN, wording.UNKNOWN, unknown))
+    return plain_table(
+        (subgroups.column, "patients", "metric", "against all others", "verdict"), lines
+    )
 
 
 def _matrix(evidence: Evidence) -> Table:
