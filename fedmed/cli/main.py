@@ -21,12 +21,18 @@ from fedmed.cli import (
     data,
     evaluate,
     listing,
+    predict,
+    release,
+    report,
     run,
     site,
 )
 from fedmed.errors import FedmedError, UsageError
 
-_VERBS = (run, coordinator, site, data, evaluate, compare, listing, config, audit)
+_VERBS = (
+    run, evaluate, report, release, predict, coordinator, site, data, compare, listing, config,
+    audit,
+)  # fmt: skip
 
 
 _CALLERS_FAULT = frozenset(

@@ -1,0 +1,40 @@
+"""``fedmed report``: the evidence on a run, for clinicians, boards and patients."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the verb ``report``."""
+    parser = subparsers.add_parser(
+        "report",
+        help="write a run's report, model card and notice for patients",
+        description="Write RUN/report: one HTML page that loads nothing from the network, the "
+        "model card (card.json, card.md), a notice for patients (notice.html, notice.md) and the "
+        "plots (SVG, PNG).",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of an evaluated run")
+    parser.add_argument("--json", action="store_true", help="print the written paths as JSON")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the report and prints where it is.
+
+    Raises:
+        DataError: the folder is not an evaluated run.
+        CheckpointError: the report cannot be written.
+    """
+    from fedmed.report.build import write_report
+
+    written = write_report(args.run)
+    if args.json:
+        facts = {"folder": str(written.folder), "files": list(written.files)}
+        print(json.dumps(facts, indent=2))
+    else:
+        print(f"report: {written.folder / written.files[0]}")
+        print(f"also: {', '.join(written.files[1:5])} and {(len(written.files) - 5) // 2} plots")
+    return 0
