@@ -13,10 +13,21 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fedmed import __version__
-from fedmed.cli import audit, compare, config, coordinator, data, listing, run, site
+from fedmed.cli import (
+    audit,
+    compare,
+    config,
+    coordinator,
+    data,
+    listing,
+    predict,
+    release,
+    run,
+    site,
+)
 from fedmed.errors import FedmedError, UsageError
 
-_VERBS = (run, coordinator, site, data, compare, listing, config, audit)
+_VERBS = (run, coordinator, site, data, compare, release, predict, listing, config, audit)
 
 
 _CALLERS_FAULT = frozenset(
