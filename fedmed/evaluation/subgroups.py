@@ -233,10 +233,10 @@ def _counts(cases: Cases, task: TaskSpec) -> list[int]:
     truth = cases.answers().truth()
     if task.kind is TaskKind.MULTICLASS:
         truth = truth[:, None] == np.arange(len(task.classes))
-        return [
-            min(len(np.unique(cases.patients[mask])) for mask in (column, ~column))
-            for column in (columns(truth) == 1).T
-        ]
+    return [
+        min(len(np.unique(cases.patients[mask])) for mask in (column, ~column))
+        for column in (columns(truth) == 1).T
+    ]
 
 
 def _testable(gap: Draws) -> bool:
