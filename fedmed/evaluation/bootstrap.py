@@ -48,11 +48,13 @@ class Statistic:
         shape: of its interval.
         units: patients that the value rests on (sensitivity: those with a positive image); the
             interval of a share of exactly 0 or 1, which no resample moves, comes from it.
+        rows: the cases whose weights ``of`` takes; None for all.
     """
 
     of: Weighted
     shape: Shape = Shape.FREE
     units: int | None = None
+    rows: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,7 @@ def among(statistics: Statistics, rows: NDArray[np.int64], name: str) -> Statist
     def over(statistic: Statistic | Mean) -> Statistic | Mean:
         if isinstance(statistic, Mean):
             return replace(statistic, parts=tuple(f"{name}/{part}" for part in statistic.parts))
-        of = statistic.of
-        return replace(statistic, of=lambda weights: of(weights[:, rows]))
+        return replace(statistic, rows=rows)
 
     return {f"{name}/{key}": over(statistic) for key, statistic in statistics.items()}
 
@@ -190,14 +191,28 @@ def draw(
     for start in range(0, resamples, step):
         rows = slice(start, min(start + step, resamples))
         weights = _counts(rng, groups, len(first), rows.stop - start)[:, who.reshape(-1)]
-        for name, statistic in plain.items():
-            drawn[name][rows] = statistic.of(weights)
-    ones = np.ones((1, len(patients)))
-    result = {name: _drawn(s, float(s.of(ones)[0]), drawn[name]) for name, s in plain.items()}
+        for name, values in _values(plain, weights).items():
+            drawn[name][rows] = values
+    points = _values(plain, np.ones((1, len(patients))))
+    result = {name: _drawn(s, float(points[name][0]), drawn[name]) for name, s in plain.items()}
     for name, mean in statistics.items():
         if isinstance(mean, Mean):
             result[name] = mean_of([result[part] for part in mean.parts], mean.shape)
     return {name: result[name] for name in statistics}
+
+
+def _values(
+    statistics: Mapping[str, Statistic], weights: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    """All statistics under the weights, which are gathered once for those of the same rows."""
+    part, held = weights, None
+    result = {}
+    for name, statistic in statistics.items():
+        if statistic.rows is not held:
+            held = statistic.rows
+            part = weights if held is None else weights[:, held]
+        result[name] = statistic.of(part)
+    return result
 
 
 def _drawn(statistic: Statistic, value: float, draws: NDArray[np.float64]) -> Draws:

@@ -40,14 +40,10 @@ def test_a_better_model_is_better_and_delong_agrees_with_the_bootstrap():
     assert got.p_value < 0.001
     # The same figures as a task of one label go through the bootstrap.
     label = TaskSpec(TaskKind.MULTILABEL, ("yes",), 2, 1, (8, 8))
+    answers = [c.answers() for c in (cases, worse)]
     columns = [
-        replace(
-            c,
-            predictions=Predictions(
-                *(x[:, None] for x in (c.answers().outputs, c.answers().truth()))
-            ),
-        )
-        for c in (cases, worse)
+        replace(cases, predictions=Predictions(a.outputs[:, None], a.truth()[:, None]))
+        for a in answers
     ]
     drawn = against(*columns, label)
     assert drawn.method == BOOTSTRAP
