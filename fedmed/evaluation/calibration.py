@@ -25,7 +25,7 @@ from fedmed.evaluation.bootstrap import (
 )
 from fedmed.evaluation.cases import Cases
 from fedmed.evaluation.disclosure import suppressed
-from fedmed.evaluation.estimates import EDGES, bin_members, ece, ratio, strata
+from fedmed.evaluation.estimates import EDGES, bin_members, columns, ece, ratio, strata
 from fedmed.evaluation.evidence import Calibration, Figure, ReliabilityBin
 from fedmed.evaluation.records import Predictions
 from fedmed.types import TaskKind, TaskSpec
@@ -131,8 +131,8 @@ def _margins(predictions: Predictions, task: TaskSpec) -> list[NDArray[np.float6
     if task.kind is TaskKind.MULTICLASS:
         logits = _log(predictions.outputs)
         return [logits - np.take_along_axis(logits, truth[:, None], axis=1)]
-    logits = _logit(predictions.outputs).reshape(len(truth), -1)
-    wrong = np.where(truth.reshape(logits.shape) == 1, -logits, logits)
+    logits = columns(_logit(predictions.outputs))
+    wrong = np.where(columns(truth) == 1, -logits, logits)
     return [np.stack([np.zeros(len(column)), column], axis=1) for column in wrong.T]
 
 
