@@ -74,6 +74,11 @@ class Facts:
 
     items: tuple[tuple[str, Value], ...]
 
+    @property
+    def short(self) -> bool:
+        """Whether several fit on a line."""
+        return all(len(value.text + value.interval) < 28 for _, value in self.items)
+
 
 @dataclass(frozen=True)
 class Tiles:

@@ -33,7 +33,7 @@ def section(study: Study) -> Section:
         )
         return Section("groups", title, ITEMS, (text,))
     gaps = [g for s in subgroups for g in s.gaps]
-    blocks: list[Block] = [Text(verdict(gaps), _tone(gaps)), Bullets(_LEGEND)]
+    blocks: list[Block] = [Text(verdict(subgroups), _tone(gaps)), Bullets(_LEGEND)]
     if any(g.difference.value is not None for g in gaps):
         blocks.append(Figure("groups"))
     for i, column in enumerate(subgroups):
@@ -41,16 +41,26 @@ def section(study: Study) -> Section:
     return Section("groups", title, ITEMS, tuple(blocks))
 
 
-def verdict(gaps: Sequence[Gap]) -> str:
+def worse(subgroups: Sequence[Subgroups]) -> list[str]:
+    """The groups for which a gap was found, each with its column and metric."""
+    return [
+        f"{column.column.replace('_', ' ')} {gap.group} ({terms.name(gap.metric)})"
+        for column in subgroups
+        for gap in column.gaps
+        if gap.verdict is Verdict.GAP
+    ]
+
+
+def verdict(subgroups: Sequence[Subgroups]) -> str:
     """What the comparisons show, in one or two sentences."""
+    gaps = [g for s in subgroups for g in s.gaps]
     if not gaps:
         return "Groups were measured but not compared."
-    found = [g for g in gaps if g.verdict is Verdict.GAP]
+    found = worse(subgroups)
     similar = [g for g in gaps if g.verdict is Verdict.SIMILAR]
     open_ = len(gaps) - len(found) - len(similar)
     if found:
-        named = terms.listed([f"{g.group} in {terms.name(g.metric)}" for g in found])
-        text = f"The model does worse for {named}."
+        text = f"The model does worse for {terms.listed(found)}."
     else:
         text = "No gap was found"
         text += ", and every group is similar to the others." if not open_ else "."
@@ -74,9 +84,7 @@ def _column(study: Study, i: int, column: Subgroups) -> list[Block]:
     title = column.column.replace("_", " ")
     rows = [(("subgroups", i, "groups", k), group) for k, group in enumerate(column.groups)]
     metrics = terms.overall(figure_names(column.groups))
-    blocks: list[Block] = [
-        performances(study, f"By {title}", title.capitalize(), rows, metrics)  # type: ignore[arg-type]
-    ]
+    blocks: list[Block] = [performances(study, f"By {title}", title.capitalize(), rows, metrics)]
     lines = []
     for k, gap in enumerate(column.gaps):
         at = ("subgroups", i, "gaps", k)
@@ -100,6 +108,6 @@ def _column(study: Study, i: int, column: Subgroups) -> list[Block]:
 def _adjusted(study: Study, at: tuple[str | int, ...], gap: Gap) -> Value:
     if gap.adjusted_low is None or gap.adjusted_high is None:
         return Value("–")
-    ends = (terms.write(gap.metric, e, signed=True) for e in (gap.adjusted_low, gap.adjusted_high))
+    text = terms.interval(gap.metric, gap.adjusted_low, gap.adjusted_high, signed=True)
     low = study.fact(*at, "adjusted_low")
-    return Value(" to ".join(ends), "", low.trace, "Allows for all comparisons made.")
+    return Value(text, "", low.trace, "Allows for all comparisons made.")

@@ -7,6 +7,7 @@ from fedmed.report import terms, wording
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Bullets, Facts, Section, Text, Tiles, Value
 from fedmed.report.sections.common import sentence
+from fedmed.report.sections.fairness import worse
 from fedmed.report.trace import EVIDENCE, trace
 
 _ANSWERS = {
@@ -61,10 +62,8 @@ def _privacy_tile(study: Study) -> Value:
         return Value("none", note="trained without differential privacy", trace=where_, tone="bad")
     _, most = max(spent)
     value = study.epsilon(most)
-    return Value(
-        f"ε {value.text}", f"δ {wording.delta(guarantees[most].delta)}, per {study.evidence.run.unit}",
-        value.trace, value.source,
-    )  # fmt: skip
+    below = f"δ {wording.delta(guarantees[most].delta)}, per {study.evidence.run.unit}"
+    return Value(f"ε {value.text}", below, value.trace, value.source)
 
 
 def _gap_tile(study: Study) -> Value:
@@ -118,10 +117,8 @@ def warnings(study: Study) -> Section:
     if evidence.run.synthetic:
         limits.append("All images are synthetic: nothing is known about real patients.")
     groups = [g for s in evidence.subgroups for g in s.gaps]
-    found = [g for g in groups if g.verdict is Verdict.GAP]
-    if found:
-        named = terms.listed([f"{g.group} ({terms.name(g.metric)})" for g in found])
-        limits.append(f"The model does worse for some groups: {named}.")
+    if found := worse(evidence.subgroups):
+        limits.append(f"The model does worse for some groups: {terms.listed(found)}.")
     open_ = [g for g in groups if g.verdict in (Verdict.UNDECIDED, Verdict.INSUFFICIENT)]
     if open_:
         limits.append(

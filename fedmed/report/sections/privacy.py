@@ -14,7 +14,7 @@ from fedmed.report.context import Study
 from fedmed.report.document import Block, Row, Section, Table, Text, Value
 from fedmed.report.terms import listed
 
-ITEMS = ("CHAI: Trust ingredients, security", "TRIPOD+AI 18e")
+ITEMS = ("CHAI: Trust ingredients, security",)
 FALSE_ALARMS = 0.001
 """Share of outsiders wrongly named at which the power of an attack is bounded."""
 
