@@ -96,7 +96,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Folded:
-    """A table that is shown on demand, under a summary line; printed in full."""
+    """A table that is shown on demand, under a summary line; printed unless it is very long."""
 
     summary: str
     table: Table

@@ -107,7 +107,10 @@ def _rounds(study: Study) -> Iterator[Plot]:
     curve = curves.curve(study)
     if curve.points:
         name = terms.name(curve.metric)
-        points = [{"round": p.round, "series": p.series, "value": p.value} for p in curve.points]
+        points = [
+            {"round": p.round, "series": p.series, "value": p.value}
+            for p in sorted(curve.points, key=lambda p: curve.series.index(p.series))
+        ]
         yield Plot("curves", f"{name} on validation images by round", _ends(points, name),
                    charts.lines(points, name))  # fmt: skip
     for key, name, words in (

@@ -193,7 +193,7 @@ class Maker:
                 for t in targets
             ),
             calibration=tuple(self.calibration(t) for t in targets),
-            subgroups=self.subgroups(),
+            subgroups=() if self.kind == "withheld" else self.subgroups(),
             conformal=Conformal(
                 0.9, self.figure(0.21, 0.0), {n: self.figure(0.9) for n in everywhere},
                 {n: self.figure(0.12 if dense else 1.2, bounded=False) for n in everywhere},

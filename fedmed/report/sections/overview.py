@@ -100,7 +100,7 @@ def uses(study: Study) -> Section:
         )),
     ]  # fmt: skip
     if modality is not None:
-        facts.insert(1, ("Images", modality))
+        facts.insert(1, ("Data", modality))
     released = Text(
         "A model may be used in care only after a release that the named clinicians and the "
         "privacy officer have signed, and under the rules of the place of use. This report is "
