@@ -39,8 +39,9 @@ from lab import COORDINATOR, Lab, Network, fedmed, split_folder
 
 from fedmed.cli.main import main as command
 from fedmed.coordinator.folder import StudyFolder
+from fedmed.errors import StoreError
 from fedmed.federation.link.client import SiteLink
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.store import RunRow, RunState
 from fedmed.privacy.ledger import Ledger
 
 SITES = ("north", "south", "west")
@@ -153,7 +154,7 @@ class Trial:
         while time.monotonic() - begun < self.arguments.patience:
             if time.monotonic() >= due:
                 due = time.monotonic() + next(steps, self.arguments.patience)
-            row = self.store.run(run)
+            row = self.row(run)
             if row is not None and row.ended is not None:
                 break
             time.sleep(0.05)
@@ -167,6 +168,13 @@ class Trial:
         summary = json.loads((self.lab.study / "runs" / run / "summary.json").read_text())
         shutil.rmtree(self.lab.study / "runs" / run / "checkpoints")
         return "", seconds, summary["sha256"]
+
+    def row(self, run: str) -> RunRow | None:
+        """The run's row, None while the disk is too full for anybody to look."""
+        try:
+            return self.store.run(run)
+        except StoreError:
+            return None
 
     def try_fault(self, name: str, times: int) -> Result:
         """A fault, so many times."""

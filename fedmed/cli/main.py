@@ -13,10 +13,26 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fedmed import __version__
-from fedmed.cli import audit, compare, config, coordinator, data, listing, report, run, site
+from fedmed.cli import (
+    audit,
+    compare,
+    config,
+    coordinator,
+    data,
+    evaluate,
+    listing,
+    predict,
+    release,
+    report,
+    run,
+    site,
+)
 from fedmed.errors import FedmedError, UsageError
 
-_VERBS = (run, report, coordinator, site, data, compare, listing, config, audit)
+_VERBS = (
+    run, evaluate, report, release, predict, coordinator, site, data, compare, listing, config,
+    audit,
+)  # fmt: skip
 
 
 _CALLERS_FAULT = frozenset(

@@ -81,6 +81,7 @@ class DataConfig:
     channels: int = 1
     image_size: list[int] = field(default_factory=lambda: [32, 32])
     allow_one_class: bool = False
+    published: str | None = None  # where the images are published: nothing of them is private
     source: SourceConfig = field(default_factory=SourceConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)

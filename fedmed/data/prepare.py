@@ -82,13 +82,29 @@ def prepare_image(raw: RawImage, task: TaskSpec, prep: PrepSpec, what: str) -> N
     Raises:
         DataError: wrong channels, or values that the intensity rule does not take.
     """
+    if task.dims == 3:
+        return _fitted(prepare_volume(raw, task, prep, what)[0], task.image_size)
     voxels = to_channels(raw, task.channels, what)
     scale = _unit_scale(voxels, what) if prep.intensity == "unit" else 1.0
-    image = voxels.astype(np.float32)
-    if task.dims == 2:
-        return _normalised(_resized(image, task.image_size, "bilinear"), prep.intensity, scale)
-    image = _oriented(image, raw.affine, prep.spacing, "bilinear", what)
-    return _fitted(_normalised(image, prep.intensity, scale), task.image_size)
+    image = _resized(voxels.astype(np.float32), task.image_size, "bilinear")
+    return _normalised(image, prep.intensity, scale)
+
+
+def prepare_volume(
+    raw: RawImage, task: TaskSpec, prep: PrepSpec, what: str
+) -> tuple[NDArray[np.float32], NDArray[np.float64] | None]:
+    """A 3D image as :func:`prepare_image` gives it, but whole: neither cropped nor padded.
+
+    Returns:
+        float32 ``[channels, *spatial]``, and its affine ``[4, 4]`` (None without one).
+
+    Raises:
+        DataError: as :func:`prepare_image`.
+    """
+    voxels = to_channels(raw, task.channels, what)
+    scale = _unit_scale(voxels, what) if prep.intensity == "unit" else 1.0
+    image, affine = _oriented(voxels.astype(np.float32), raw.affine, prep.spacing, "bilinear", what)
+    return _normalised(image, prep.intensity, scale), affine
 
 
 def prepare_mask(raw: RawImage, task: TaskSpec, prep: PrepSpec, what: str) -> NDArray[np.uint8]:
@@ -111,7 +127,8 @@ def prepare_mask(raw: RawImage, task: TaskSpec, prep: PrepSpec, what: str) -> ND
     if task.dims == 2:
         mask = _resized(mask, task.image_size, "nearest-exact")
     else:
-        mask = _fitted(_oriented(mask, raw.affine, prep.spacing, "nearest", what), task.image_size)
+        mask, _ = _oriented(mask, raw.affine, prep.spacing, "nearest", what)
+        mask = _fitted(mask, task.image_size)
     return np.rint(mask).astype(np.uint8)
 
 
@@ -183,14 +200,14 @@ def _oriented(
     spacing: tuple[float, ...] | None,
     mode: str,
     what: str,
-) -> NDArray[np.float32]:
+) -> tuple[NDArray[np.float32], NDArray[np.float64] | None]:
     if affine is None:
         if spacing is not None:
             raise DataError(
                 f"{what} has no voxel size for data.prepare.spacing",
                 "convert it to NIfTI, or set data.prepare.spacing=null",
             )
-        return image
+        return image, None
     import torch
     from monai.data import MetaTensor
     from monai.transforms import Orientation, Spacing
@@ -199,7 +216,7 @@ def _oriented(
     volume = Orientation(axcodes="RAS", labels=None)(volume)
     if spacing is not None:
         volume = Spacing(pixdim=spacing, mode=mode, padding_mode="border")(volume)
-    return _array(volume)
+    return _array(volume), np.asarray(volume.affine, dtype=np.float64)
 
 
 def _fitted(image: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.float32]:

@@ -58,3 +58,43 @@ class Cases:
 
     def __len__(self) -> int:
         return len(self.sites)
+
+    def take(self, rows: NDArray[np.int64]) -> Cases:
+        """The cases at ``rows``, in that order."""
+        return Cases(
+            sites=tuple(self.sites[row] for row in rows),
+            patients=self.patients[rows],
+            groups={c: tuple(values[row] for row in rows) for c, values in self.groups.items()},
+            predictions=None if self.predictions is None else _answers(self.predictions, rows),
+            scores=None
+            if self.scores is None
+            else SegmentationScores(**{k: v[rows] for k, v in vars(self.scores).items()}),
+        )
+
+    def answers(self) -> Predictions:
+        """The predictions.
+
+        Raises:
+            ValueError: there are none, as for segmentation.
+        """
+        if self.predictions is None:
+            raise ValueError("expected cases of classification, with predictions")
+        return self.predictions
+
+    def measured(self) -> SegmentationScores:
+        """The scores.
+
+        Raises:
+            ValueError: there are none, as for classification.
+        """
+        if self.scores is None:
+            raise ValueError("expected cases of segmentation, with scores")
+        return self.scores
+
+
+def _answers(predictions: Predictions, rows: NDArray[np.int64]) -> Predictions:
+    return Predictions(
+        outputs=predictions.outputs[rows],
+        targets=None if predictions.targets is None else predictions.targets[rows],
+        loss=None if predictions.loss is None else predictions.loss[rows],
+    )

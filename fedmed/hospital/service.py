@@ -61,11 +61,14 @@ class SiteService:
         self._watcher = watcher
         self._connect = connect or make_link
         self._stop = threading.Event()
+        self._link: SiteLink | None = None
         self._wait = _FIRST_WAIT
 
     def stop(self) -> None:
         """End :meth:`join` after the round in hand; safe to call from a signal handler."""
         self._stop.set()
+        if self._link is not None:
+            self._link.hang_up()
 
     @property
     def stopping(self) -> bool:
@@ -87,7 +90,7 @@ class SiteService:
                 "client-started", study=kit.study, plan=self._folder.plan.sha256(),
                 rules=self._folder.rules_hash(),
             )  # fmt: skip
-            link = self._connect(self._folder)
+            link = self._link = self._connect(self._folder)
             try:
                 self._work(agent, audit, link)
             finally:
@@ -114,6 +117,8 @@ class SiteService:
                     self._carry_out(work, exchange, link, audit)
                 self._wait = _FIRST_WAIT
             except Unreachable as error:
+                if self._stop.is_set():
+                    return  # hung up on purpose
                 self._pause_after(error, "offline")
             except (LinkError, TrustError) as error:
                 audit.append("link-refused", reason=str(error))

@@ -16,7 +16,13 @@ LABELS: dict[str, str] = {
     "specificity": "specificity",
     "dice": "Dice",
     "hd95": "HD95",
+    "surface_dice": "surface Dice",
+    "volume_error": "volume error",
+    "volume_bias": "volume bias",
+    "ppv": "PPV",
+    "npv": "NPV",
     "brier": "Brier",
+    "ece": "ECE",
     "loss": "loss",
     "n": "images",
 }

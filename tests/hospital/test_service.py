@@ -79,7 +79,7 @@ class DeskLink:
     def __init__(self, world):
         self.world = world
         self.written = 0
-        self.closed = False
+        self.closed = self.hung_up = False
 
     def _act(self, name, *what):
         self.world.asked.append((name, *what))
@@ -112,6 +112,9 @@ class DeskLink:
         self.written += len(content) + 100
         self.world.desk.take_answer("a", sealed, BytesIO(content), len(content))
         return len(content)
+
+    def hang_up(self):
+        self.hung_up = True
 
     def close(self):
         self.closed = True
@@ -559,6 +562,35 @@ def test_no_round_is_lost_by_a_new_key(world, monkeypatch):
     assert len(world.store.certificates("a")) == 1
     assert world.agent.trained[:3] == [1, 2, 3]
     assert "answer-not-taken" not in world.events()
+
+
+def test_an_idle_client_stops_at_once(world):
+    """It waits for a task, 25 seconds at a time, and is told to stop in the middle of that."""
+    certificate, key, _ = world.folder.tls
+    listener = Listener("127.0.0.1", 0, certificate, key, world.store, world.desk)
+    listener.start()
+
+    def connect(folder):
+        return SiteLink(Address("127.0.0.1", listener.port), folder.identity)
+
+    service = SiteService(world.site, world.phases, connect)
+    thread = threading.Thread(target=service.join)
+    thread.start()
+    try:
+        end = time.monotonic() + 30
+        while not any(s.last_seen for s in world.store.sites()):  # it has asked, and waits
+            assert time.monotonic() < end, world.phases
+            time.sleep(0.01)
+        begun = time.monotonic()
+        service.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert time.monotonic() - begun < 10
+    finally:
+        listener.close()
+    assert "client-stopped" in world.events()
+    assert "link-refused" not in world.events()
+    assert "offline" not in [phase for phase, _ in world.phases]
 
 
 def test_numbers_are_those_of_the_round(world):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -81,6 +82,8 @@ class SiteLink:
         self._tap = tap
         self._connection: http.client.HTTPSConnection | None = None
         self._response: http.client.HTTPResponse | None = None
+        self._waiting = False
+        self._hung_up = False
         self.written = 0
         self.date = ""
 
@@ -97,7 +100,24 @@ class SiteLink:
             TrustError: the other end is not the coordinator.
         """
         body = json.dumps({"phase": phase, "wait": wait}).encode()
-        return self._request("/v1/task", body) or None
+        self._waiting = True
+        try:
+            return self._request("/v1/task", body) or None
+        finally:
+            self._waiting = False
+
+    def hang_up(self) -> None:
+        """Wait for no task any more: a wait, present or to come, ends with Unreachable.
+
+        Safe to call from another thread and from a signal handler. Whatever else the link does
+        goes on.
+        """
+        self._hung_up = True
+        connection = self._connection
+        if self._waiting and connection is not None and connection.sock is not None:
+            with contextlib.suppress(OSError):
+                # not SSLSocket's own, which takes its state from under the reader
+                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def phase(self, phase: str) -> None:
         """Say that the site is at work. Raises as :meth:`task` does."""
@@ -202,10 +222,13 @@ class SiteLink:
         A refusal is raised here.
         """
         kept = self._connection is not None
+        if self._waiting and self._hung_up:
+            raise Unreachable("the link was hung up", "start the client again")
         try:
             response = self._send_once(method, path, headers, body)
         except (OSError, http.client.HTTPException) as error:
-            if not kept or isinstance(error, ssl.SSLCertVerificationError):
+            given_up = self._waiting and self._hung_up
+            if not kept or given_up or isinstance(error, ssl.SSLCertVerificationError):
                 raise self._failed(error) from error
             self.close()
             try:

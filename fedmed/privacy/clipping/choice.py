@@ -17,10 +17,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fedmed.privacy.clipping.outer import WeightGradient, squared_norms
+from fedmed.privacy.clipping.outer import WeightGradient, squared_norms, weighted_sum
 
 _LAPS: Final = 3
 _LONG: Final = 0.05  # seconds beyond which one run is enough
+_FRESH: Final = 1.25  # kept gradients lie in memory that is new in each step, but not in each lap
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Chooser:
 
     def __init__(self, force: Way | None = None) -> None:
         self._force = force
-        self._best: dict[Hashable, Way] = {}
+        self._best: dict[Hashable, tuple[Way, int]] = {}  # and for how many units last
 
     def choose(self, gradient: WeightGradient, *, may_defer: bool) -> Way:
         """The way for one weight; one that keeps gradients unless the sum may be deferred."""
@@ -53,10 +54,10 @@ class Chooser:
         per_unit = gradient.layout.spans[-1].per_unit
         device = gradient.inputs.device.type
         key = (gradient.key, bucket, per_unit, may_defer, device, torch.get_num_threads())
-        way = self._best.get(key)
-        if way is None or not _offered(way, gradient):
+        way, units = self._best.get(key, (None, 0))
+        if way is None or (units != gradient.layout.units and not _offered(way, gradient)):
             way = self._forced(gradient, may_defer) or _measure(gradient, may_defer)
-            self._best[key] = way
+        self._best[key] = way, gradient.layout.units
         return way
 
     def _forced(self, gradient: WeightGradient, may_defer: bool) -> Way | None:
@@ -90,7 +91,7 @@ def _measure(gradient: WeightGradient, may_defer: bool) -> Way:
 
     for norms in keep:
         seconds = _seconds(partial(_norm_and_sum, gradient, norms), best())
-        tried.append((seconds, Way(norms, None)))
+        tried.append((seconds * _FRESH, Way(norms, None)))
     if defer:
         ones = _ones(gradient)
         last, sums = min(
@@ -105,7 +106,7 @@ def _measure(gradient: WeightGradient, may_defer: bool) -> Way:
 def _norm_and_sum(gradient: WeightGradient, way: str) -> Tensor:
     by_unit = gradient.by_unit(way)
     squared_norms(by_unit)
-    return torch.mv(by_unit.reshape(len(by_unit), -1).t(), _ones(gradient))
+    return weighted_sum(by_unit, _ones(gradient))
 
 
 def _ones(gradient: WeightGradient) -> Tensor:
@@ -121,11 +122,13 @@ def _seconds(run: Callable[[], Tensor], best: float = math.inf) -> float:
     shortest = math.inf
     try:
         for lap in range(_LAPS + 1):
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.thread_time()
             result = run()
+            # On a CPU a slice of time that went to another process must not decide.
+            seconds = time.thread_time() - busy
             if result.is_cuda:
                 torch.cuda.synchronize(result.device)
-            seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - start
             if lap or seconds > _LONG:
                 shortest = min(shortest, seconds)
             if math.inf > shortest > 2 * best or seconds > _LONG:

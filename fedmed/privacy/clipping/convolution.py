@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedmed.errors import IncompatibleModel
-from fedmed.privacy.clipping.correlation import ConvolutionGradient, Geometry
+from fedmed.privacy.clipping.correlation import ConvolutionGradient
+from fedmed.privacy.clipping.outer import owned
+from fedmed.privacy.clipping.patches import Geometry
 from fedmed.privacy.clipping.tape import REMEDY, Slot, Tape, autocast
 
 
@@ -28,7 +30,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tape, ctx.slots, ctx.geometry = tape, slots, geometry
-        result: Tensor = torch.ops.aten.convolution(x, weight, bias, *geometry.arguments)
+        result: Tensor = torch.convolution(x, weight, bias, *geometry.arguments)
         return result
 
     @staticmethod
@@ -38,6 +40,7 @@ class _Convolution(torch.autograd.Function):
         tape: Tape = ctx.tape
         geometry: Geometry = ctx.geometry
         weight_slot, bias_slot = ctx.slots
+        gradient = owned(gradient)  # once: a library would copy part of a tensor for each product
         if weight_slot is not None:
             inputs, outputs = (gradient, x) if geometry.transposed else (x, gradient)
             parts = ConvolutionGradient(tape.layout, weight_slot.dtype, inputs, outputs, geometry)
@@ -46,7 +49,7 @@ class _Convolution(torch.autograd.Function):
             tape.add_rows(bias_slot, gradient.flatten(2).sum(2, dtype=bias_slot.dtype))
         through = None
         if ctx.needs_input_grad[0] and not tape.is_root(x):
-            through = torch.ops.aten.convolution_backward(
+            through = torch.ops.aten.convolution_backward.default(
                 gradient, x, weight, None, *geometry.arguments, [True, False, False]
             )[0]
         return through, None, None, None, None, None

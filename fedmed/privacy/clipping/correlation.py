@@ -6,54 +6,25 @@ two change places, and everything else is the same.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedmed.privacy.clipping.layout import Layout, Span
 from fedmed.privacy.clipping.outer import WeightGradient, gram_norms, inner_products, product
+from fedmed.privacy.clipping.patches import (
+    Geometry,
+    columns,
+    pixels_by_unit,
+    shifted_sums,
+    turned_columns,
+)
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a kernel moves over an image; one entry a spatial dimension.
-
-    Attributes:
-        weight: shape of the weight, ``[channels of outputs, channels of inputs / groups, *k]``,
-            where inputs and outputs are those of the correlation, not of the layer.
-        transposed: whether the layer is a transposed convolution.
-    """
-
-    weight: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    output_padding: tuple[int, ...]
-    groups: int
-    transposed: bool
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """Spatial shape of the kernel."""
-        return self.weight[2:]
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """As aten's convolution and its backward take them."""
-        return (
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-        )
+_SMALL: Final = 1 << 22  # bytes of columns that no network notices
 
 
 class ConvolutionGradient(WeightGradient):
@@ -90,8 +61,16 @@ class ConvolutionGradient(WeightGradient):
     def forms(self) -> Mapping[str, Callable[[Span], Tensor]]:
         """See :meth:`WeightGradient.forms`."""
         ways = {"loop": self._loop, "grouped": self._grouped}
-        if self._geometry.groups == 1:
-            ways["unfold"] = self._unfold_products
+        geometry = self._geometry
+        q, p, *kernel = geometry.weight
+        pointwise = math.prod(kernel) == 1
+        dense = set(geometry.stride) == {1} and not any(geometry.output_padding)
+        if geometry.groups == 1:
+            if pointwise or self._columns_bytes(self.outputs, p) <= self._room:
+                ways["unfold"] = self._unfold_products
+            fewer = dense and q < p and not pointwise
+            if fewer and self._columns_bytes(self.inputs, q) <= self._room:
+                ways["unfold outputs"] = self._unfold_outputs
         return ways
 
     def grams(self) -> Mapping[str, Callable[[Span], Tensor]]:
@@ -99,9 +78,7 @@ class ConvolutionGradient(WeightGradient):
         geometry = self._geometry
         fold = len(self.inputs) // self.layout.samples
         out = math.prod(self.outputs.shape[2:])
-        inside = math.prod(
-            s + 2 * p for s, p in zip(self.inputs.shape[2:], geometry.padding, strict=True)
-        )
+        inside = math.prod(self.inputs.shape[2:])
         worst = max(span.per_unit for span in self.layout.spans) * fold
         p, q = self.inputs.shape[1], self.outputs.shape[1]
         k = math.prod(geometry.kernel)
@@ -130,8 +107,8 @@ class ConvolutionGradient(WeightGradient):
     def _weighted_unfolded(self, factors: Tensor) -> Tensor:
         """One product for the whole batch: libraries are slow where images are tiny."""
         inputs, outputs = self.scaled(factors)
-        columns = self._columns(inputs, 1)[0]
-        return (_by_unit(outputs, 1)[0] @ columns.t()).view(self._geometry.weight)
+        patches = columns(inputs, 1, self._geometry, outputs.shape[2:])[0]
+        return (pixels_by_unit(outputs, 1)[0] @ patches.t()).view(self._geometry.weight)
 
     def _rows(self, span: Span) -> tuple[Tensor, Tensor, int]:
         fold = len(self.inputs) // self.layout.samples
@@ -160,37 +137,53 @@ class ConvolutionGradient(WeightGradient):
         wide = replace(self._geometry, weight=(span.units * q, *rest), groups=groups)
         return weight_gradient(inputs, outputs, wide).view(span.units, q, *rest)
 
-    def _columns(self, inputs: Tensor, units: int) -> Tensor:
-        """Patches under the kernel: ``[units, p * prod(k), positions]``."""
-        geometry = self._geometry
-        if math.prod(geometry.kernel) == 1 and not any(geometry.padding):
-            steps = tuple(slice(None, None, s) for s in geometry.stride)
-            return _by_unit(inputs[(slice(None), slice(None), *steps)], units)
-        padded = _padded(inputs, geometry.padding)
-        each, out = len(inputs) // units, self.outputs.shape[2:]
-        padded = padded.view(units, each, *padded.shape[1:]).transpose(1, 2)
-        columns = inputs.new_empty((units, inputs.shape[1], math.prod(geometry.kernel), each, *out))
-        for position, window in enumerate(_windows(geometry, out)):
-            columns[:, :, position] = padded[(slice(None), slice(None), slice(None), *window)]
-        return columns.view(units, -1, each * math.prod(out))
+    @property
+    def _room(self) -> int:
+        """Bytes that columns may take at once."""
+        return max(self.held, _SMALL)
+
+    def _columns_bytes(self, positions: Tensor, channels: int) -> int:
+        """Of the columns of the largest unit, with one for each pixel of ``positions``."""
+        worst = max(span.per_unit for span in self.layout.spans)
+        pixels = positions[0, 0].numel() * len(positions) // self.layout.samples * worst
+        return pixels * channels * math.prod(self._geometry.kernel) * positions.itemsize
 
     def _unfold_products(self, span: Span) -> Tensor:
-        parts = []
-        for portion in self._portions(span):
+        q, p, *kernel = self._geometry.weight
+        result = self.inputs.new_empty((span.units, q, p * math.prod(kernel)))
+        # A kernel of one pixel is its own column.
+        each = 0 if math.prod(kernel) == 1 else self._columns_bytes(self.outputs, p)
+        for portion in self._portions(span, each, self._room):
             inputs, outputs, _ = self._rows(portion)
-            columns = self._columns(inputs, portion.units)
-            gradients = _by_unit(outputs, portion.units)
-            parts.append(torch.bmm(gradients, columns.transpose(1, 2)))
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.view(span.units, *self._geometry.weight)
+            patches = columns(inputs, portion.units, self._geometry, outputs.shape[2:])
+            torch.bmm(
+                pixels_by_unit(outputs, portion.units),
+                patches.transpose(1, 2),
+                out=result[portion.unit - span.unit :][: portion.units],
+            )
+        return result.view(span.units, *self._geometry.weight)
+
+    def _unfold_outputs(self, span: Span) -> Tensor:
+        """Patches of outputs instead: cheaper where they have fewer channels; at stride 1."""
+        q, p, *kernel = self._geometry.weight
+        result = self.inputs.new_empty((span.units, q * math.prod(kernel), p))
+        each = self._columns_bytes(self.inputs, q)
+        for portion in self._portions(span, each, self._room):
+            inputs, outputs, _ = self._rows(portion)
+            torch.bmm(
+                turned_columns(outputs, portion.units, self._geometry, inputs.shape[2:]),
+                pixels_by_unit(inputs, portion.units).transpose(1, 2),
+                out=result[portion.unit - span.unit :][: portion.units],
+            )
+        return result.view(span.units, q, *kernel, p).movedim(-1, 2)
 
     def _gram(self, span: Span) -> Tensor:
         inputs, outputs, _ = self._rows(span)
         groups = self._geometry.groups
         norms = [
             gram_norms(
-                self._columns(a, span.units).transpose(1, 2),
-                _by_unit(b, span.units).transpose(1, 2),
+                columns(a, span.units, self._geometry, b.shape[2:]).transpose(1, 2),
+                pixels_by_unit(b, span.units).transpose(1, 2),
                 self.dtype,
             )
             for a, b in zip(inputs.chunk(groups, 1), outputs.chunk(groups, 1), strict=True)
@@ -208,48 +201,21 @@ class ConvolutionGradient(WeightGradient):
         return torch.stack(norms).sum(0)
 
     def _pixel_gram_norms(self, inputs: Tensor, outputs: Tensor, units: int, each: int) -> Tensor:
-        geometry = self._geometry
-        padded = _padded(inputs, geometry.padding)
-        shape, out = padded.shape[2:], outputs.shape[2:]
-        pixels = _by_unit(padded, units)
+        pixels = pixels_by_unit(inputs, units)
         gram = product(pixels.transpose(1, 2), pixels, self.dtype)
-        gram = gram.view(units, each, *shape, each, *shape)
-        patches = gram.new_zeros(units, each, *out, each, *out)
-        for window in _windows(geometry, out):
-            patches += gram[(slice(None), slice(None), *window, slice(None), *window)]
-        gradients = _by_unit(outputs, units)
+        gram = gram.view(units, each, *inputs.shape[2:], each, *inputs.shape[2:])
+        for dim in range(inputs.ndim - 2):
+            gram = shifted_sums(gram, self._geometry, dim, outputs.shape[2 + dim])
+        gradients = pixels_by_unit(outputs, units)
         other = product(gradients.transpose(1, 2), gradients, self.dtype)
-        return inner_products(patches.reshape(other.shape), other)
-
-
-def _by_unit(rows: Tensor, units: int) -> Tensor:
-    """``[units * each, channels, *S]`` as ``[units, channels, each * prod(S)]``."""
-    each = len(rows) // units
-    if each == 1:
-        return rows.flatten(2)
-    return rows.view(units, each, *rows.shape[1:]).transpose(1, 2).flatten(2)
-
-
-def _windows(geometry: Geometry, out: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """For each offset of the kernel, the pixels of the padded input that it meets."""
-    for offset in itertools.product(*(range(k) for k in geometry.kernel)):
-        yield tuple(
-            slice(d * o, d * o + s * (t - 1) + 1, s)
-            for d, o, s, t in zip(geometry.dilation, offset, geometry.stride, out, strict=True)
-        )
-
-
-def _padded(inputs: Tensor, padding: Sequence[int]) -> Tensor:
-    if not any(padding):
-        return inputs
-    return F.pad(inputs, [p for side in reversed(padding) for p in (side, side)])
+        return inner_products(gram.view(other.shape), other)
 
 
 def weight_gradient(inputs: Tensor, outputs: Tensor, geometry: Geometry) -> Tensor:
     """The correlation of ``inputs`` with ``outputs``, summed over rows; the weight's shape."""
     x, gradient = (outputs, inputs) if geometry.transposed else (inputs, outputs)
     weight = inputs.new_empty(1).expand(geometry.weight)  # only its shape is read
-    result: Tensor = torch.ops.aten.convolution_backward(
+    result: Tensor = torch.ops.aten.convolution_backward.default(
         gradient, x, weight, None, *geometry.arguments, [False, True, False]
     )[1]
     return result

@@ -47,7 +47,7 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         rows, channels = x.shape[:2]
         # Seen as one sample with the groups of all: its sums by channel are those by sample.
-        through, scale, shift = torch.ops.aten.native_group_norm_backward(
+        through, scale, shift = torch.ops.aten.native_group_norm_backward.default(
             gradient.contiguous(),
             x,
             mean.view(1, -1),

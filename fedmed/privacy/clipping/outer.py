@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -57,6 +58,10 @@ class WeightGradient(ABC):
     def held(self) -> int:
         """Bytes that are kept alive if the gradient is formed later."""
         return self.inputs.nbytes + self.outputs.nbytes
+
+    def own(self) -> None:
+        """Let go of what the factors are parts of, before they are kept."""
+        self.inputs, self.outputs = owned(self.inputs), owned(self.outputs)
 
     def forget(self, units: Tensor) -> None:
         """Let the units that ``units`` (bool, ``[units]``) marks count as zero in sums."""
@@ -111,14 +116,13 @@ class WeightGradient(ABC):
             parts = [
                 squared_norms(form(piece).to(self.dtype))
                 for span in self.layout.spans
-                for piece in self._portions(span)
+                for piece in self._portions(span, self.size * self.dtype.itemsize, self.held)
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _portions(self, span: Span) -> list[Span]:
-        """Parts of a span whose gradients, formed at once, stay near what is held anyway."""
-        bytes_each = self.size * self.dtype.itemsize
-        at_once = max(1, min(span.units, self.held // max(1, bytes_each)))
+    def _portions(self, span: Span, bytes_each: int, limit: int) -> list[Span]:
+        """Parts of a span whose units, with ``bytes_each``, need at most ``limit`` at once."""
+        at_once = max(1, min(span.units, limit // max(1, bytes_each)))
         return [
             Span(
                 span.unit + first,
@@ -130,9 +134,29 @@ class WeightGradient(ABC):
         ]
 
 
+def owned(tensor: Tensor) -> Tensor:
+    """A copy where ``tensor`` is part of a larger one, which it would keep in memory."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
 def squared_norms(gradients: Tensor) -> Tensor:
     """Squared Euclidean norm of each row of ``[units, ...]``."""
-    return row_norms(gradients).square_()
+    return row_norms(gradients.permute(_order(gradients)).flatten(1)).square_()
+
+
+def weighted_sum(gradients: Tensor, factors: Tensor) -> Tensor:
+    """The sum over units of factor times gradient, ``[units, *shape]`` to ``[*shape]``."""
+    order = _order(gradients)
+    rows = gradients.permute(order)
+    total = torch.mv(rows.flatten(1).t(), factors.to(rows.dtype)).view(rows.shape[1:])
+    back = sorted(range(len(order) - 1), key=lambda d: order[d + 1])
+    return total.permute(back).contiguous()
+
+
+def _order(gradients: Tensor) -> list[int]:
+    """Dimensions as they lie in memory, units first: a gradient may be a permuted view."""
+    strides = gradients.stride()
+    return [0, *sorted(range(1, gradients.ndim), key=lambda d: -strides[d])]
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,19 +172,52 @@ def gram_norms(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``|a^T b|^2`` of each unit, for ``a`` ``[units, K, p]`` and ``b`` ``[units, K, q]``."""
     if a.shape[1] == 1:
         return a.to(dtype).square().sum((1, 2)) * b.to(dtype).square().sum((1, 2))
-    return inner_products(
-        product(a, a.transpose(1, 2), dtype), product(b, b.transpose(1, 2), dtype)
-    )
+    norms = _Norms()
+    for first, last in pairwise(_strips(a)):
+        beyond = slice(first, None)  # by symmetry the columns before were met from the other side
+        norms.add(
+            product(a[:, first:last], a[:, beyond].transpose(1, 2), dtype),
+            product(b[:, first:last], b[:, beyond].transpose(1, 2), dtype),
+        )
+    return norms.total()
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """``<a, b>`` of each unit's Gram matrices ``[units, K, K]``, safely not too small.
+    """``<a, b>`` of each unit's Gram matrices ``[units, K, K]``. Overwrites ``a``."""
+    norms = _Norms()
+    norms.add(a, b)
+    return norms.total()
+
+
+def _strips(a: Tensor) -> list[int]:
+    """Where to cut ``[units, K, p]``: four strips need 10 blocks of 16, small ones are slow."""
+    n = 1 if a.is_cuda or a.shape[1] < 32 else 2 if a.shape[1] < 128 else 4
+    return [a.shape[1] * i // n for i in range(n + 1)]
+
+
+class _Norms:
+    """Sums ``<a, b>`` over strips of Gram matrices, safely not too small.
 
     Where positions cancel, rounding in the terms may hide a gradient that is far larger than the
     computed norm. The terms are at most ``(sum_l |x_l| |g_l|)^2`` together, which the diagonals
-    give, so a few rounding errors of that are added. Overwrites ``a``.
+    give, so a few rounding errors of that are added.
     """
-    diagonals = torch.diagonal(a, dim1=1, dim2=2) * torch.diagonal(b, dim1=1, dim2=2)
-    most = diagonals.clamp_(min=0.0).sqrt_().sum(1).square_()
-    rounding = _ROUNDING * torch.finfo(a.dtype).eps
-    return a.mul_(b).sum((1, 2)).clamp_(min=0.0).add_(most, alpha=rounding)
+
+    def __init__(self) -> None:
+        self._inner: list[Tensor] = []
+        self._roots: list[Tensor] = []
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """A strip ``[units, rows, from its own square on]`` of each matrix; overwrites ``a``."""
+        diagonals = torch.diagonal(a, dim1=1, dim2=2) * torch.diagonal(b, dim1=1, dim2=2)
+        self._roots.append(diagonals.clamp_(min=0.0).sqrt_().sum(1))
+        a.mul_(b)
+        self._inner.append(a[:, :, : a.shape[1]].sum((1, 2)))
+        if a.shape[2] > a.shape[1]:
+            self._inner.append(a[:, :, a.shape[1] :].sum((1, 2)).mul_(2.0))
+
+    def total(self) -> Tensor:
+        """The squared norms, ``[units]``."""
+        rounding = _ROUNDING * torch.finfo(self._inner[0].dtype).eps
+        most = torch.stack(self._roots).sum(0).square_()
+        return torch.stack(self._inner).sum(0).clamp_(min=0.0).add_(most, alpha=rounding)

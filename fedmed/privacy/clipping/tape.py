@@ -13,7 +13,7 @@ from torch import Tensor
 from fedmed.errors import IncompatibleModel
 from fedmed.privacy.clipping.choice import Chooser
 from fedmed.privacy.clipping.layout import Layout
-from fedmed.privacy.clipping.outer import WeightGradient, squared_norms
+from fedmed.privacy.clipping.outer import WeightGradient, squared_norms, weighted_sum
 
 _SMALL = 1 << 14  # gradients with fewer elements a unit are joined: one kernel for all of them
 
@@ -193,6 +193,7 @@ class Tape:
         if way.sums is None:
             self._add(slot, gradient.by_unit(way.norms))
         else:
+            gradient.own()
             norms = gradient.squared_norms(way.norms)
             self._deferred[slot] = _Deferred(norms, gradient, way.sums)
 
@@ -212,16 +213,15 @@ class Tape:
     def _clipped_sum(self, max_norm: float) -> list[Tensor]:
         scale = self.precision.scale
         columns, large = self._columns()
-        squared = sum(
-            (deferred.squared_norms for deferred in self._deferred.values()),
-            start=self._zeros(),
-        )
-        for matrix, _ in columns:
-            squared = squared + squared_norms(matrix)
-        for by_unit in large.values():
-            squared = squared + squared_norms(by_unit)
+        squared = self._zeros()
+        for part in (
+            *(deferred.squared_norms for deferred in self._deferred.values()),
+            *(squared_norms(matrix) for matrix, _ in columns),
+            *(squared_norms(by_unit) for by_unit in large.values()),
+        ):
+            squared += part
         norm = squared.sqrt() / scale
-        factors = clip_factors(norm, max_norm, self.precision)
+        factors = clip_factors(norm, max_norm, self.precision) / scale
         if not bool(torch.isfinite(norm).all()):
             self._forget(~torch.isfinite(norm), columns, large)
         sums: dict[Slot, Tensor] = {}
@@ -231,15 +231,12 @@ class Tape:
             sums.update(zip(slots, torch.split(total, sizes), strict=True))
         self._formed.clear()
         for slot in list(large):  # what is summed is given back at once
-            by_unit = large.pop(slot)
-            flat = by_unit.reshape(len(by_unit), -1)
-            sums[slot] = torch.mv(flat.t(), factors.to(flat.dtype))
-            del by_unit, flat
+            sums[slot] = weighted_sum(large.pop(slot), factors)
         for slot in list(self._deferred):
             deferred = self._deferred.pop(slot)
             sums[slot] = deferred.gradient.sums()[deferred.way](factors)
         return [
-            sums[slot].reshape(slot.tensor.shape).div_(scale)
+            sums[slot].reshape(slot.tensor.shape)
             if slot in sums
             else torch.zeros_like(slot.tensor, requires_grad=False)
             for slot in self._parameters

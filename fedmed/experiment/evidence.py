@@ -1,0 +1,312 @@
+"""The evidence of a finished run: judged cases and every figure made of them, on disk.
+
+``<run>/evidence/`` holds ``cases-val.jsonl`` and ``cases-test.jsonl`` (one judged image a line)
+and ``evidence.json`` (:class:`fedmed.evaluation.evidence.Evidence`), written last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fedmed import __version__
+from fedmed.codec import decode, plain
+from fedmed.errors import CheckpointError, ConfigError, DataError
+from fedmed.evaluation.answers import answer
+from fedmed.evaluation.assess import assess
+from fedmed.evaluation.casefile import write_cases
+from fedmed.evaluation.cases import Cases
+from fedmed.evaluation.disclosure import patient_band
+from fedmed.evaluation.evidence import (
+    FORMAT,
+    Evidence,
+    Figure,
+    Guarantee,
+    Performance,
+    RunFacts,
+    Source,
+    SourceKind,
+)
+from fedmed.experiment.finished import FinishedRun
+from fedmed.experiment.rivals import Rivals
+from fedmed.federation.files import write_atomic
+from fedmed.federation.policy import public_size
+from fedmed.report.wording import headline
+from fedmed.types import PrivacyUnit, Split, TaskKind
+
+FOLDER: Final = "evidence"
+EVIDENCE: Final = "evidence.json"
+TEST_CASES: Final = "cases-test.jsonl"
+VAL_CASES: Final = "cases-val.jsonl"
+DATA: Final = "test images"
+"""Key of the source of every figure that is computed from test images."""
+_ROUNDING: Final = 2e-3  # of a figure that another device or batch size computed again
+
+
+@dataclass(frozen=True)
+class EvidenceOptions:
+    """What to compute.
+
+    Attributes:
+        against: other run folders on the same images; networks of ``mode=local`` runs also
+            enter the cross-site matrix.
+        columns: groups to compare; None for all that the manifests tell apart.
+        resamples: bootstrap resamples behind each interval.
+        seed: of the resampling.
+        min_cell: groups of fewer patients are suppressed.
+        published: where the images are published, when the configuration does not say so.
+        device: where networks answer.
+    """
+
+    against: tuple[Path, ...] = ()
+    columns: tuple[str, ...] | None = None
+    resamples: int = 2000
+    seed: int = 0
+    min_cell: int = 10
+    published: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.resamples < 200:
+            raise ConfigError(
+                f"expected --resamples={self.resamples} >= 200", "fewer give no interval's ends"
+            )
+        if self.min_cell < 1:
+            raise ConfigError(f"expected --min-cell={self.min_cell} >= 1")
+
+
+def evidence_path(folder: Path) -> Path:
+    """Where a run's evidence lies."""
+    return folder / FOLDER / EVIDENCE
+
+
+def read_evidence(folder: Path) -> Evidence:
+    """The evidence of a run.
+
+    Raises:
+        DataError: there is none, or it is broken.
+    """
+    path = evidence_path(folder)
+    try:
+        return decode(Evidence, path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist", f"run `fedmed evaluate {folder}`") from error
+    except (OSError, ConfigError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read", f"run `fedmed evaluate {folder}`") from error
+
+
+def ensure_evidence(folder: Path) -> Evidence:
+    """The evidence of a run, made first if there is none for its present weights."""
+    from fedmed.data.files import sha256_file
+
+    model = folder / "model.safetensors"
+    if evidence_path(folder).exists():
+        found = read_evidence(folder)
+        if not model.exists() or found.model_sha256 == sha256_file(model):
+            return found
+    return make_evidence(folder, EvidenceOptions())
+
+
+def make_evidence(folder: Path, options: EvidenceOptions) -> Evidence:
+    """Judge a finished run and write its evidence.
+
+    Raises:
+        UsageError: the folder holds no finished run, its images are gone or changed, or another
+            run judged other images.
+    """
+    run = FinishedRun.open(folder, options.device)
+    source = data_source(run, options.published)
+    if source.kind is SourceKind.WITHHELD:
+        evidence = _withheld(run, source, options)
+        _write(run.folder, evidence, {})
+        return evidence
+    test = _cases(run, Split.TEST, options.columns)
+    if not len(test):
+        raise DataError(f"no hospital of {folder} has test images", "give some split=test")
+    val = _cases(run, Split.VAL, options.columns)
+    found = assess(
+        test, val, run.task.task, source=DATA, resamples=options.resamples, seed=options.seed,
+        min_cell=options.min_cell,
+    )  # fmt: skip
+    metric = headline({m: f.value for m, f in found.pooled.figures.items()}) or "accuracy"
+    _check_unchanged(run, metric, found.pooled)
+    shown = [site.name for site in found.sites if site.figures]
+    rivals = Rivals(
+        run, test, options.against, shown, metric, DATA, options.resamples, options.seed
+    )
+    evidence = Evidence(
+        format=FORMAT,
+        run=_facts(run),
+        sources={DATA: source},
+        training_patients=_training_patients(run),
+        metric=metric,
+        resamples=options.resamples,
+        seed=options.seed,
+        pooled=found.pooled,
+        sites=found.sites,
+        model_sha256=run.model_sha256,
+        operating=found.operating,
+        calibration=found.calibration,
+        subgroups=found.subgroups,
+        conformal=found.conformal,
+        matrix=rivals.matrix(),
+        comparisons=rivals.comparisons(),
+        limits=_limits(run, val),
+    )
+    _write(run.folder, evidence, {TEST_CASES: test, VAL_CASES: val})
+    return evidence
+
+
+def data_source(run: FinishedRun, published: str | None) -> Source:
+    """What figures computed from the run's validation and test images rest on.
+
+    With differential privacy nothing is computed from private images outside a charged
+    mechanism: exact figures need images that are nobody's secret.
+    """
+    published = published or run.config.data.published
+    if run.summary.synthetic:
+        return Source(SourceKind.EXACT, "Computed from generated phantoms: no patient is in them.")
+    if run.task.dp is None:
+        return Source(
+            SourceKind.EXACT,
+            "Computed from the test images of the simulated sites. The run had no differential "
+            "privacy, so no promise covers these patients.",
+        )
+    if published:
+        return Source(
+            SourceKind.EXACT,
+            f"Computed from images that are published: {published}. Exact figures of them reveal "
+            "nothing that is not known.",
+        )
+    return Source(
+        SourceKind.WITHHELD,
+        "The run has differential privacy and its images are private: figures computed from "
+        "them would leave without protection.",
+    )
+
+
+def _cases(run: FinishedRun, split: Split, columns: Sequence[str] | None) -> Cases:
+    hospitals = {hospital.name: hospital for hospital in run.hospitals}
+    parts = ((site, network, hospitals[site].split(split)) for site, network in run.networks())
+    return answer(parts, run.task.task, run.task.loss, columns=columns)
+
+
+def _facts(run: FinishedRun) -> RunFacts:
+    summary = run.summary
+    return RunFacts(
+        experiment=summary.experiment,
+        run_id=run.run_id,
+        mode=summary.mode,
+        strategy=summary.strategy,
+        model=summary.model,
+        seed=summary.seed,
+        rounds=summary.rounds,
+        task=str(run.task.task.kind),
+        classes=run.task.task.classes,
+        synthetic=summary.synthetic,
+        unit=summary.unit,
+        guarantees=tuple(
+            Guarantee(
+                site,
+                spent.epsilon
+                if spent.epsilon is not None and math.isfinite(spent.epsilon)
+                else None,
+                spent.delta,
+                unbounded=spent.epsilon is not None and math.isinf(spent.epsilon),
+            )
+            for site, spent in sorted(summary.privacy.items())
+        ),
+        distance_unit=summary.distance_unit,
+        fedmed=__version__,
+    )
+
+
+def _training_patients(run: FinishedRun) -> dict[str, str]:
+    """Bands, from the declared public size where the cohort is protected."""
+    bands = {}
+    for hospital in run.hospitals:
+        units = hospital.cohort(PrivacyUnit.PATIENT).units
+        if run.task.dp is not None:
+            units = run.config.site.cohort_size or public_size(units)
+        bands[hospital.name] = patient_band(units)
+    return bands
+
+
+def _limits(run: FinishedRun, val: Cases | None) -> tuple[str, ...]:
+    """What a reader must not conclude, from how the run was made."""
+    said = [
+        "The figures hold for patients like those of the test images; no other hospital's "
+        "patients were judged.",
+        "The test images were set aside before training and were judged once training had "
+        "ended; thresholds, temperature and prediction sets come from validation images only.",
+    ]
+    if run.summary.synthetic:
+        said.insert(0, "All images are generated phantoms. Nothing here is clinical evidence.")
+    if val is not None and not len(val):
+        said.append("There were no validation images: probabilities are not calibrated.")
+    if run.summary.mode == "centralized":
+        said.append("All images were pooled in one place; no hospital could work like that.")
+    if run.summary.unit == "image":
+        said.append("Privacy is per image: a patient with several images is protected less.")
+    if run.summary.failures:
+        lost = sum(run.summary.failures.values())
+        said.append(f"{lost} site rounds were lost; see refusals and faults.")
+    return tuple(said)
+
+
+def _withheld(run: FinishedRun, source: Source, options: EvidenceOptions) -> Evidence:
+    note = "withheld: private images, differential privacy"
+    figures = {"auroc": Figure(None, DATA, note=note)}
+    if run.task.task.kind is TaskKind.SEGMENTATION:
+        figures = {"dice": Figure(None, DATA, note=note)}
+    return Evidence(
+        format=FORMAT,
+        run=_facts(run),
+        sources={DATA: source},
+        training_patients=_training_patients(run),
+        metric=next(iter(figures)),
+        resamples=0,
+        seed=options.seed,
+        pooled=Performance("pooled", "withheld", figures, note),
+        sites=(),
+        model_sha256=run.model_sha256,
+        limits=_limits(run, None),
+    )
+
+
+def _check_unchanged(run: FinishedRun, metric: str, pooled: Performance) -> None:
+    """The images must be those that the run's own summary was made of.
+
+    Raises:
+        DataError: the headline figure differs from the run's.
+    """
+    theirs = run.summary.pooled.get(metric)
+    ours = pooled.figures[metric].value
+    if theirs is None or ours is None or metric == "accuracy":
+        return  # accuracy is at another threshold here
+    if abs(theirs - ours) > _ROUNDING:
+        raise DataError(
+            f"{metric} of the test images is {ours:.4f}, the run's summary.json says "
+            f"{theirs:.4f}: images or opt-outs have changed since the run",
+            "judge the run with the images it was made with, or resume it",
+        )
+
+
+def _write(folder: Path, evidence: Evidence, cases: Mapping[str, Cases]) -> None:
+    """Cases first: evidence that is there has its cases."""
+    target = folder / FOLDER
+    try:
+        target.mkdir(exist_ok=True)
+        (target / EVIDENCE).unlink(missing_ok=True)
+        for name, found in cases.items():
+            write_cases(target / name, found)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror}", "free space there"
+        ) from error
+    text = json.dumps(plain(evidence), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(target / EVIDENCE, f"{text}\n".encode())

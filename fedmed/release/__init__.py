@@ -1,0 +1,1 @@
+"""Releases: a model that people vouched for, and predictions made with it."""

@@ -1,0 +1,222 @@
+"""From a finished run to a release folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from fedmed import __version__
+from fedmed.audit.log import verify as verify_log
+from fedmed.codec import decode, plain
+from fedmed.config.compose import load_file
+from fedmed.config.schema import Config
+from fedmed.errors import CheckpointError, ConfigError, DataError, ModelError
+from fedmed.evaluation.evidence import Evidence
+from fedmed.experiment.plan import prep_spec, task_spec
+from fedmed.release import records
+from fedmed.release.criteria import Criteria, check
+from fedmed.release.folder import read_file, safe_path, walk
+from fedmed.release.network import load_network, read_facts
+from fedmed.release.records import (
+    AUDIT,
+    EVIDENCE,
+    MANIFEST,
+    PLAN,
+    PREPARATION,
+    WEIGHTS,
+    AuditHeads,
+    FileEntry,
+    LogHead,
+    Manifest,
+    Preparation,
+    stamp,
+)
+from fedmed.types import TaskKind, TaskSpec
+
+EVIDENCE_IN_RUN: Final = "evidence/evidence.json"
+REPORT: Final = "report"
+
+
+def read_evidence(run: Path) -> Evidence:
+    """A run's evidence.
+
+    Raises:
+        DataError: missing or unreadable.
+    """
+    path = run / EVIDENCE_IN_RUN
+    try:
+        return decode(Evidence, path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}", f"make it: fedmed evaluate {run}"
+        ) from error
+    except (ConfigError, UnicodeDecodeError) as error:
+        problem = error.problem if isinstance(error, ConfigError) else "no text"
+        raise DataError(f"{path}: {problem}", f"make it anew: fedmed evaluate {run}") from error
+
+
+def make_release(run: Path, out: Path, criteria: Criteria, name: str | None = None) -> Manifest:
+    """Gather a release; the folder is there whole or not at all.
+
+    Args:
+        run: the folder of a finished run with evidence.
+        out: a folder that does not exist.
+        criteria: recorded with their outcome; whether they passed is for the caller to act on.
+        name: of the release; None takes the experiment's.
+
+    Raises:
+        DataError, ModelError, ConfigError: the run lacks something, or its files disagree.
+        AuditError: an audit log of the run was altered.
+        CheckpointError: ``out`` exists or cannot be written.
+    """
+    evidence = read_evidence(run)
+    config = load_file(run / "config.yaml")
+    contents = _gather(run, evidence, config)
+    now = datetime.now(UTC)
+    days = criteria.valid_days
+    manifest = Manifest(
+        format=records.FORMAT,
+        name=name or evidence.run.experiment,
+        run_id=evidence.run.run_id,
+        created=stamp(now),
+        expires=None if days is None else stamp(now + timedelta(days=days)),
+        fedmed=__version__,
+        criteria=criteria,
+        findings=check(evidence, criteria),
+        files=tuple(
+            FileEntry(path, hashlib.sha256(content).hexdigest(), len(content))
+            for path, content in sorted(contents.items())
+        ),
+    )
+    _write(out, {**contents, MANIFEST: _json(plain(manifest))})
+    return manifest
+
+
+def preparation(config: Config, evidence: Evidence | None, *, synthetic: bool) -> Preparation:
+    """What a prediction needs, from a run's configuration and evidence.
+
+    Raises:
+        ConfigError: the evidence names targets or values that the task does not have.
+    """
+    task, prep = task_spec(config), prep_spec(config)
+    calibrations = evidence.calibration if evidence else ()
+    points = evidence.operating if evidence else ()
+    conformal = evidence.conformal if evidence else None
+    known = {c.target: c.temperature.value for c in calibrations}
+    temperatures = {target: value for target, value in known.items() if value is not None}
+    if _shared(task) and len(set(temperatures.values())) > 1:
+        raise ConfigError(
+            "the evidence has several temperatures for classes that exclude each other",
+            "fit one temperature to all of them",
+        )
+    unknown = sorted({*temperatures, *(p.target for p in points)} - {*task.classes, "all"})
+    if unknown:
+        raise ConfigError(f"the evidence names the target {unknown[0]!r}", "judge this run anew")
+    return Preparation(
+        format=records.FORMAT,
+        task=task,
+        intensity=prep.intensity,
+        spacing=prep.spacing,
+        temperatures=temperatures,
+        thresholds={p.target: p.threshold.value for p in points if p.threshold.value is not None},
+        level=conformal.level if conformal else None,
+        conformal=conformal.threshold.value if conformal else None,
+        synthetic=synthetic,
+    )
+
+
+def _shared(task: TaskSpec) -> bool:
+    return task.kind is not TaskKind.MULTILABEL
+
+
+def _gather(run: Path, evidence: Evidence, config: Config) -> dict[str, bytes]:
+    weights = _weights(run)
+    facts = read_facts(weights, str(run / WEIGHTS))
+    if hashlib.sha256(weights).hexdigest() != evidence.model_sha256:
+        raise DataError(
+            f"{run / EVIDENCE_IN_RUN} is about other weights than {WEIGHTS}",
+            f"judge them: fedmed evaluate {run}",
+        )
+    if facts.task != task_spec(config):
+        raise ModelError(
+            f"{run / WEIGHTS} is of another task than config.yaml", "restore the run folder"
+        )
+    load_network(weights, facts, str(run / WEIGHTS))
+    prepared = preparation(config, evidence, synthetic=facts.synthetic)
+    contents = {
+        WEIGHTS: weights,
+        EVIDENCE: read_file(run, EVIDENCE_IN_RUN),
+        PREPARATION: _json(plain(prepared)),
+        PLAN: _json(_plan(config)),
+        AUDIT: _json(plain(_heads(run))),
+    }
+    if (run / REPORT).is_dir():
+        found = walk(run / REPORT)
+        for file in found.files:
+            path = f"{REPORT}/{file}"
+            if found.odd or not safe_path(path):
+                odd = f"{REPORT}/{found.odd[0]}" if found.odd else path
+                raise DataError(f"{run}: {odd!r} cannot be released", f"fedmed report {run}")
+            contents[path] = read_file(run / REPORT, file, 1 << 30)
+    return contents
+
+
+def _weights(run: Path) -> bytes:
+    try:
+        return (run / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {run / WEIGHTS}: {error.strerror}", "give the folder of a finished run"
+        ) from error
+
+
+def _plan(config: Config) -> dict[str, Any]:
+    """The configuration without paths: they tell of a machine and not of the model."""
+    facts = asdict(config)
+    facts.pop("paths")
+    facts.pop("resume")
+    facts["data"].pop("root")
+    facts["data"].pop("source")
+    facts["model"].pop("pretrained")
+    facts["site"].pop("state_dir")
+    return facts
+
+
+def _heads(run: Path) -> AuditHeads:
+    logs = [*sorted(run.glob("audit.jsonl")), *sorted(run.glob("sites/*/audit.jsonl"))]
+    checked = [(log.relative_to(run).as_posix(), verify_log(log)) for log in logs]
+    return AuditHeads(tuple(LogHead(name, v.entries, v.head) for name, v in checked))
+
+
+def _json(value: Any) -> bytes:
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    return f"{text}\n".encode()
+
+
+def _write(out: Path, contents: Mapping[str, bytes]) -> None:
+    if out.exists() or out.is_symlink():
+        raise CheckpointError(f"{out} exists", "name a folder that does not")
+    staging = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    try:
+        for path, content in contents.items():
+            file = staging / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        staging.rename(out)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {out}: {error.strerror}", "free space there, or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
