@@ -8,10 +8,12 @@ from typing import Any, Final
 
 import altair as alt
 
-from fedmed.evaluation.evidence import Figure
+from fedmed.evaluation.evidence import Figure, Gap
 from fedmed.report import charts, curves, terms
 from fedmed.report.context import Study
 from fedmed.report.sections.common import VERDICTS, title
+from fedmed.report.sections.fairness import named as group_name
+from fedmed.report.sections.fairness import plot_name as gap_plot
 from fedmed.report.sections.performance import model_name
 from fedmed.report.sections.reliability import plot_name
 
@@ -58,10 +60,16 @@ def _all(study: Study) -> Iterator[Plot]:
     if rows := _measured(figures, evidence.metric):
         yield Plot("sites", f"{name} by site", _spoken(f"{name} with 95 % intervals", rows),
                    charts.forest(rows, name, "Site"))  # fmt: skip
-    if rows := _gaps(study):
-        yield Plot("groups", "Differences between groups of patients",
-                   _spoken("Each group minus all other patients, widened intervals", rows),
-                   charts.gaps(rows))  # fmt: skip
+    gaps = [(s.column, g) for s in evidence.subgroups for g in s.gaps]
+    for metric in dict.fromkeys(g.metric for _, g in gaps):
+        if rows := _gaps([(c, g) for c, g in gaps if g.metric == metric]):
+            word = terms.name(metric)
+            yield Plot(
+                gap_plot(metric),
+                f"{word}: each group minus all other patients, widened intervals",
+                _spoken(f"{word}, each group minus all other patients", rows),
+                charts.gaps(rows),
+            )
     for target in evidence.calibration:
         bins = [
             {"stated": b.probability.value, "observed": b.observed.value, "low": b.observed.low,
@@ -89,7 +97,7 @@ def _all(study: Study) -> Iterator[Plot]:
         for c in evidence.matrix
         if c.figure.value is not None
     ]  # fmt: skip
-    if cells:
+    if len({c["model"] for c in cells}) > 1:
         spoken = "; ".join(f"{c['model']} at {c['site']} {c['shown']}" for c in cells)
         yield Plot("matrix", f"{name} of each model on each site's images", f"{name}: {spoken}.",
                    charts.heat(cells, name))  # fmt: skip
@@ -144,21 +152,27 @@ def _measured(
     return rows
 
 
-def _gaps(study: Study) -> list[dict[str, Any]]:
+def _gaps(gaps: Sequence[tuple[str, Gap]]) -> list[dict[str, Any]]:
     rows = []
-    several = len({g.metric for s in study.evidence.subgroups for g in s.gaps}) > 1
-    for column in study.evidence.subgroups:
-        for gap in column.gaps:
-            value = gap.difference.value
-            if value is None:
-                continue
-            low, high = gap.adjusted_low, gap.adjusted_high
-            words, _ = VERDICTS[gap.verdict]
-            name = f"{column.column.replace('_', ' ')} {gap.group}"
-            name += f", {terms.name(gap.metric)}" if several else ""
-            shown = terms.write(gap.metric, value, signed=True)
-            rows.append({"name": name, "value": value, "low": low, "high": high,
-                         "verdict": words, "shown": f"{shown}, {words.lower()}"})  # fmt: skip
+    for column, gap in gaps:
+        value = gap.difference.value
+        if value is None:
+            continue
+        words, _ = VERDICTS[gap.verdict]
+        shown = terms.write(gap.metric, value, signed=True)
+        if gap.adjusted_low is not None and gap.adjusted_high is not None:
+            ends = terms.interval(gap.metric, gap.adjusted_low, gap.adjusted_high, signed=True)
+            shown += f" ({ends})"
+        rows.append(
+            {
+                "name": group_name(column, gap.group),
+                "value": value,
+                "low": gap.adjusted_low,
+                "high": gap.adjusted_high,
+                "verdict": words,
+                "shown": f"{shown}, {words.lower()}",
+            }
+        )
     return rows
 
 

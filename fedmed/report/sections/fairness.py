@@ -12,8 +12,8 @@ from fedmed.report.sections.common import VERDICTS, figure_names, performances
 
 ITEMS = ("CHAI: Key metrics, fairness", "TRIPOD+AI 3c, 12f, 14, 23a")
 _LEGEND = (
-    "Gap: the group does worse, and the interval, widened for the number of comparisons, "
-    "excludes zero.",
+    "Gap: the interval, widened for the number of comparisons, excludes zero. The group does worse "
+    "than all others, or better, and they worse.",
     "Similar: the widened interval lies within the margin on both sides.",
     "Undecided: the data fit a gap as well as none. This is not a finding of fairness.",
     "Insufficient data: too few patients or cases to look. This is not a finding of fairness.",
@@ -34,36 +34,56 @@ def section(study: Study) -> Section:
         return Section("groups", title, ITEMS, (text,))
     gaps = [g for s in subgroups for g in s.gaps]
     blocks: list[Block] = [Text(verdict(subgroups), _tone(gaps)), Bullets(_LEGEND)]
-    if any(g.difference.value is not None for g in gaps):
-        blocks.append(Figure("groups"))
+    shown = dict.fromkeys(g.metric for g in gaps if g.difference.value is not None)
+    blocks += [Figure(plot_name(metric)) for metric in shown]
     for i, column in enumerate(subgroups):
         blocks += _column(study, i, column)
     return Section("groups", title, ITEMS, tuple(blocks))
 
 
-def worse(subgroups: Sequence[Subgroups]) -> list[str]:
-    """The groups for which a gap was found, each with its column and metric."""
+def named(column: str, group: str) -> str:
+    """A group for people: ``sex F``, but ``scanner-2`` of the column ``scanner``."""
+    column = column.replace("_", " ")
+    return group if group.lower().startswith(column.lower()) else f"{column} {group}"
+
+
+def plot_name(metric: str) -> str:
+    """Name of the plot of a metric's gaps; safe as the name of a file."""
+    return "groups_" + "".join(c if c.isalnum() or c == "_" else "-" for c in metric.lower())
+
+
+def found(subgroups: Sequence[Subgroups], *, worse: bool) -> list[str]:
+    """The groups with a gap for which the model does worse, or better, than for all others."""
     return [
-        f"{column.column.replace('_', ' ')} {gap.group} ({terms.name(gap.metric)})"
+        f"{named(column.column, gap.group)} ({terms.name(gap.metric)})"
         for column in subgroups
         for gap in column.gaps
-        if gap.verdict is Verdict.GAP
+        if gap.verdict is Verdict.GAP and _is_worse(gap) is worse
     ]
 
 
+def _is_worse(gap: Gap) -> bool:
+    below = (gap.difference.value or 0.0) < 0
+    return below is not (terms.split(gap.metric)[0] in terms.LOWER_IS_BETTER)
+
+
 def verdict(subgroups: Sequence[Subgroups]) -> str:
-    """What the comparisons show, in one or two sentences."""
+    """What the comparisons show, in a few sentences."""
     gaps = [g for s in subgroups for g in s.gaps]
     if not gaps:
         return "Groups were measured but not compared."
-    found = worse(subgroups)
-    similar = [g for g in gaps if g.verdict is Verdict.SIMILAR]
-    open_ = len(gaps) - len(found) - len(similar)
-    if found:
-        text = f"The model does worse for {terms.listed(found)}."
-    else:
-        text = "No gap was found"
-        text += ", and every group is similar to the others." if not open_ else "."
+    open_ = sum(g.verdict in (Verdict.UNDECIDED, Verdict.INSUFFICIENT) for g in gaps)
+    sentences = []
+    if worse := found(subgroups, worse=True):
+        sentences.append(f"The model does worse for {terms.listed(worse)}.")
+    if better := found(subgroups, worse=False):
+        sentences.append(
+            f"{'It' if worse else 'The model'} does better for {terms.listed(better)}, so worse for all others."
+        )
+    if not sentences:
+        rest = ", and every group is similar to the others" if not open_ else ""
+        sentences.append(f"No gap was found{rest}.")
+    text = " ".join(sentences)
     if open_:
         text += (
             f" {open_} of {len(gaps)} comparisons are undecided or rest on too few patients: for "

@@ -7,7 +7,6 @@ from fedmed.report import terms, wording
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Bullets, Facts, Section, Text, Tiles, Value
 from fedmed.report.sections.common import sentence
-from fedmed.report.sections.fairness import worse
 from fedmed.report.trace import EVIDENCE, trace
 
 _ANSWERS = {
@@ -114,11 +113,9 @@ def warnings(study: Study) -> Section:
     """Known limits."""
     evidence = study.evidence
     limits = [sentence(text) for text in evidence.limits]
-    if evidence.run.synthetic:
-        limits.append("All images are synthetic: nothing is known about real patients.")
     groups = [g for s in evidence.subgroups for g in s.gaps]
-    if found := worse(evidence.subgroups):
-        limits.append(f"The model does worse for some groups: {terms.listed(found)}.")
+    if any(g.verdict is Verdict.GAP for g in groups):
+        limits.append("The model does not work equally well for all: see the groups of patients.")
     open_ = [g for g in groups if g.verdict in (Verdict.UNDECIDED, Verdict.INSUFFICIENT)]
     if open_:
         limits.append(

@@ -71,9 +71,9 @@ def by_site(study: Study) -> Section:
 def matrix(study: Study) -> Section | None:
     """Each model on each site's test images."""
     evidence = study.evidence
-    if not evidence.matrix:
-        return None
     models = list(dict.fromkeys(c.model for c in evidence.matrix))
+    if models in ([], ["global"]):  # the performance by site says as much
+        return None
     sites = list(dict.fromkeys(c.site for c in evidence.matrix))
     place = {(c.model, c.site): i for i, c in enumerate(evidence.matrix)}
     rows = tuple(

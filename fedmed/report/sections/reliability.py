@@ -132,10 +132,6 @@ def prediction_sets(study: Study) -> Section | None:
     table = reduced(Table("Prediction sets on test images", head, tuple(rows)))
     if isinstance(table, Table):
         blocks.append(Figure("coverage"))
-    about = (
-        f"Promised coverage: {level}. Coverage holds over all patients together; a single site or "
-        "group can lie below it."
-    )
-    blocks += [table, Text(about)]
+    blocks.append(table)
     items = (SAFETY, "TRIPOD+AI 15, 23a")
     return Section("sets", "Prediction sets and referral", items, tuple(blocks))
