@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from studies import CLASSES, SITES, write_run
 
 from fedmed.cli.main import main
 from fedmed.codec import decode, encode
-from fedmed.evaluation.evidence import Evidence
+from fedmed.evaluation.evidence import Evidence, Figure, Gap, Subgroups, Verdict
 from fedmed.report import terms
 from fedmed.report.build import write_report
 from fedmed.report.document import Row, Table, Text, Value
@@ -124,6 +125,26 @@ def test_too_few_patients_are_never_called_fair(reports):
     assert verdict(found).startswith("The model does worse for age band 40-64")
 
 
+@pytest.mark.parametrize(
+    ("metric", "difference", "words"),
+    [
+        ("auroc", -0.1, "The model does worse for sex F (AUROC)."),
+        ("auroc", 0.1, "The model does better for sex F (AUROC), so worse for all others."),
+        ("hd95", 0.4, "The model does worse for sex F (HD95)."),
+        ("hd95_left", -0.4, "The model does better for sex F (HD95, left), so worse for all"),
+    ],
+)
+def test_a_gap_is_told_in_its_direction(metric, difference, words):
+    value = Figure(difference, "exact", difference - 0.05, difference + 0.05)
+    gap = Gap(metric, "F", value, difference - 0.05, difference + 0.05, Verdict.GAP)
+    assert verdict([Subgroups("sex", (), (gap,))]).startswith(words)
+    similar = replace(gap, verdict=Verdict.SIMILAR)
+    text = "No gap was found, and every group is similar to the others."
+    assert verdict([Subgroups("sex", (), (similar,))]) == text
+    scarce = replace(gap, verdict=Verdict.INSUFFICIENT)
+    assert "similar" not in verdict([Subgroups("sex", (), (similar, scarce))])
+
+
 def test_no_differential_privacy_is_said_plainly(reports):
     run = reports["segmentation"]
     assert "No differential privacy. Nothing bounds" in page(run).text
@@ -189,11 +210,10 @@ def test_command_names_what_it_wrote(tmp_path, capsys):
     assert all((Path(facts["folder"]) / name).stat().st_size for name in facts["files"])
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"format": 1}', "[]"])
-def test_a_folder_without_evidence_is_refused_in_one_line(tmp_path, capsys, content):
-    if content is not None:
-        (tmp_path / "evidence").mkdir()
-        (tmp_path / "evidence" / "evidence.json").write_text(content)
+@pytest.mark.parametrize("content", ["{", '{"format": 1}', "[]"])
+def test_evidence_that_is_none_is_refused_in_one_line(tmp_path, capsys, content):
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence" / "evidence.json").write_text(content)
     assert main(["report", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

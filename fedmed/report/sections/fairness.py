@@ -77,9 +77,8 @@ def verdict(subgroups: Sequence[Subgroups]) -> str:
     if worse := found(subgroups, worse=True):
         sentences.append(f"The model does worse for {terms.listed(worse)}.")
     if better := found(subgroups, worse=False):
-        sentences.append(
-            f"{'It' if worse else 'The model'} does better for {terms.listed(better)}, so worse for all others."
-        )
+        who = "It" if worse else "The model"
+        sentences.append(f"{who} does better for {terms.listed(better)}, so worse for all others.")
     if not sentences:
         rest = ", and every group is similar to the others" if not open_ else ""
         sentences.append(f"No gap was found{rest}.")
