@@ -14,9 +14,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="write a run's report, model card and notice for patients",
         description="Write RUN/report: one HTML page that loads nothing from the network, the "
         "model card (card.json, card.md), a notice for patients (notice.html, notice.md) and the "
-        "plots (SVG, PNG).",
+        "plots (SVG, PNG). A run without evidence is evaluated first, as fedmed evaluate does.",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of an evaluated run")
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a finished run")
     parser.add_argument("--json", action="store_true", help="print the written paths as JSON")
     parser.set_defaults(handler=run)
 
@@ -25,11 +25,16 @@ def run(args: argparse.Namespace) -> int:
     """Writes the report and prints where it is.
 
     Raises:
-        DataError: the folder is not an evaluated run.
+        DataError: the folder holds no finished run, or its evidence cannot be read.
         CheckpointError: the report cannot be written.
     """
     from fedmed.report.build import write_report
+    from fedmed.report.trace import EVIDENCE
 
+    if not (args.run / EVIDENCE).is_file():
+        from fedmed.experiment.evidence import ensure_evidence
+
+        ensure_evidence(args.run)
     written = write_report(args.run)
     if args.json:
         facts = {"folder": str(written.folder), "files": list(written.files)}

@@ -16,6 +16,7 @@ from fedmed.report.document import Value
 from fedmed.report.sitelogs import SiteLog, site_logs
 from fedmed.report.trace import CONFIG, EVIDENCE, RunFiles, setting, trace
 
+_BAND = "A coarse public band; the exact number stays at the site."
 _CONFIGURED = "A setting of the run, in its config.yaml; public."
 _RUN = "A fact of the run's configuration; public."
 
@@ -72,8 +73,7 @@ class Study:
         low, high = _number(content["low"]), _number(content["high"])
         interval = ""
         if low is not None and high is not None:
-            ends = (terms.write(metric, end, signed=signed) for end in (low, high))
-            interval = " to ".join(ends)
+            interval = terms.interval(metric, low, high, signed=signed)
         return Value(terms.write(metric, value, signed=signed), interval, where, about, note)
 
     def fact(self, *tokens: str | int, text: str | None = None) -> Value:
@@ -81,6 +81,11 @@ class Study:
         where = trace(EVIDENCE, *tokens)
         value = self.files.at(where)
         return Value(_shown(value) if text is None else text, trace=where, source=_RUN)
+
+    def patients(self, *tokens: str | int) -> Value:
+        """A coarse band of patients, as it stands in the evidence."""
+        where = trace(EVIDENCE, *tokens)
+        return Value(terms.band(str(self.files.at(where))), trace=where, source=_BAND)
 
     def setting(self, *keys: str) -> Value | None:
         """A setting of the run; None where its configuration has none."""

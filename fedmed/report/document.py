@@ -74,6 +74,11 @@ class Facts:
 
     items: tuple[tuple[str, Value], ...]
 
+    @property
+    def short(self) -> bool:
+        """Whether several fit on a line."""
+        return all(len(value.text + value.interval) < 28 for _, value in self.items)
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -91,7 +96,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Folded:
-    """A table that is shown on demand, under a summary line; printed in full."""
+    """A table that is shown on demand, under a summary line; printed unless it is very long."""
 
     summary: str
     table: Table

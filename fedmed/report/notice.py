@@ -102,8 +102,8 @@ def _leaves(study: Study) -> Part:
         "The computer learns inside the hospital. Then the hospital sends out what it learned: "
         "a long list of numbers. The numbers of all hospitals are mixed into one. "
         f"This was done {study.evidence.run.rounds:,} times.",
-        "Each hospital keeps a diary of all that it sends. No one can change the diary without "
-        "being seen.",
+        "Each hospital keeps a diary of all that it sends. If someone changes an old page, it "
+        "shows.",
     )
 
 
@@ -128,23 +128,22 @@ def _privacy(study: Study) -> Part:
         else ("It hides one image at a time. If we used many of your images, it hides you less.",)
     )
     return title, (
-        f"We add noise to the numbers before they leave. The noise hides {hidden} in the crowd.",
+        f"We add noise while the computer learns. The noise hides {hidden} in the crowd.",
         *unit,
         "How well it hides you has a measure. It is called epsilon. At zero, no one can learn "
         "a thing about you. The higher it is, the less you are hidden.",
         f"In this study epsilon is at most {wording.epsilon(epsilon)}. Think of someone who "
-        "guesses if you took part. A coin is right 50 times in 100. With our numbers, and the "
-        f"best trick there could be, they are right at most {_times_in(right)}. "
-        + _honest(right)
-        + f" There is a tiny chance, {_one_in(delta)}, that the limit does not hold.",
+        "guesses if you took part. A coin is right 50 times in 100. With what the computer "
+        f"learned, and the best trick there could be, they are right at most {_times_in(right)}. "
+        + _honest(right),
     )
 
 
 def _honest(right: float) -> str:
     if right > 0.9:
         return (
-            "So the proof alone does not promise much. The tricks we know of do far worse than "
-            "that."
+            "So the proof alone does not promise much. That does not mean that such a trick is "
+            "known."
         )
     return "So they can learn only a little about you."
 
@@ -156,10 +155,6 @@ def _times_in(share: float) -> str:
         if right < total:
             return f"{right:,} times in {total:,}"
     return "every time"
-
-
-def _one_in(delta: float) -> str:
-    return f"1 in {round(1 / delta):,}" if delta > 0 else "0"
 
 
 def _good(study: Study) -> Part:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any, Final
 
@@ -60,7 +61,7 @@ def page(document: Document, plots: Mapping[str, Plot], images: Mapping[str, Ima
     Its policy lets nothing be loaded and only the script that is written here be run; Vega
     interprets its expressions, so that no code is made from text.
     """
-    script = vl_convert.javascript_bundle(_text("page.js"))
+    script = _script()
     style = _text("style.css")
     return environment().get_template("page.html.j2").render(
         document=document,
@@ -71,6 +72,12 @@ def page(document: Document, plots: Mapping[str, Plot], images: Mapping[str, Ima
         policy=policy(script=script),
         version=__version__,
     )  # fmt: skip
+
+
+@cache
+def _script() -> str:
+    """Vega, Vega-Lite, Vega-Embed and the few lines that call them; bundling takes seconds."""
+    return vl_convert.javascript_bundle(_text("page.js"))
 
 
 def policy(*, script: str | None) -> str:

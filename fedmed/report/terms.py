@@ -77,16 +77,33 @@ def write(metric: str, value: float, *, signed: bool = False) -> str:
     term = TERMS.get(split(metric)[0])
     style = term.style if term else "score"
     if style in ("share", "change"):
-        sign = signed or style == "change"
-        text = f"{100 * value:{'+' if sign else ''}.1f}"
         points = " points" if signed and style == "share" else " %"
-        return _minus(text) + points
-    decimals = 2 if style == "distance" else 3
-    return _minus(f"{value:{'+' if signed else ''}.{decimals}f}")
+        return _digits(100 * value, 1, signed or style == "change") + points
+    return _digits(value, 2 if style == "distance" else 3, signed)
 
 
-def _minus(text: str) -> str:
-    return text.replace("-", "\N{MINUS SIGN}")
+def interval(metric: str, low: float, high: float, *, signed: bool = False) -> str:
+    """``0.910 to 0.950``; a unit stands once, at the end."""
+    first, last = (write(metric, end, signed=signed) for end in (low, high))
+    return f"{first.partition(' ')[0]} to {last}"
+
+
+def percent(share: float) -> str:
+    """A round share, ``95 %``."""
+    return f"{share:.0%}".replace("%", " %")
+
+
+def band(text: str) -> str:
+    """A band of patients, ``1,000 to 1,999``."""
+    ends = (f"{int(end):,}" if end.isdigit() else end for end in text.split("-"))
+    return " to ".join(ends)
+
+
+def _digits(value: float, decimals: int, signed: bool) -> str:
+    rounded = round(value, decimals)
+    if rounded == 0:
+        return f"{0:.{decimals}f}"  # neither sign
+    return f"{rounded:{'+' if signed else ''}.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def overall(metrics: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from fedmed.evaluation.evidence import Performance, Verdict
 from fedmed.report import terms
@@ -25,11 +26,6 @@ def title(name: str) -> str:
     return "All sites together" if name == "pooled" else name
 
 
-def patients(text: str) -> Value:
-    """A coarse band of patients."""
-    return Value(text.replace("-", " to "), source="A coarse public band; the count stays inside.")
-
-
 def performances(
     study: Study,
     caption: str,
@@ -46,8 +42,7 @@ def performances(
     unit = study.evidence.run.distance_unit
     lines = []
     for tokens, performance in rows:
-        band = study.fact(*tokens, "patients")
-        cells = [Value(band.text.replace("-", " to "), trace=band.trace, note=performance.note)]
+        cells = [replace(study.patients(*tokens, "patients"), note=performance.note)]
         for metric in metrics:
             if metric in performance.figures:
                 cells.append(study.figure(*tokens, "figures", metric, metric=metric))

@@ -12,8 +12,8 @@ from fedmed.report.sections.common import VERDICTS, figure_names, performances
 
 ITEMS = ("CHAI: Key metrics, fairness", "TRIPOD+AI 3c, 12f, 14, 23a")
 _LEGEND = (
-    "Gap: the group does worse, and the interval, widened for the number of comparisons, "
-    "excludes zero.",
+    "Gap: the interval, widened for the number of comparisons, excludes zero. The group does worse "
+    "than all others, or better, and they worse.",
     "Similar: the widened interval lies within the margin on both sides.",
     "Undecided: the data fit a gap as well as none. This is not a finding of fairness.",
     "Insufficient data: too few patients or cases to look. This is not a finding of fairness.",
@@ -33,27 +33,56 @@ def section(study: Study) -> Section:
         )
         return Section("groups", title, ITEMS, (text,))
     gaps = [g for s in subgroups for g in s.gaps]
-    blocks: list[Block] = [Text(verdict(gaps), _tone(gaps)), Bullets(_LEGEND)]
-    if any(g.difference.value is not None for g in gaps):
-        blocks.append(Figure("groups"))
+    blocks: list[Block] = [Text(verdict(subgroups), _tone(gaps)), Bullets(_LEGEND)]
+    shown = dict.fromkeys(g.metric for g in gaps if g.difference.value is not None)
+    blocks += [Figure(plot_name(metric)) for metric in shown]
     for i, column in enumerate(subgroups):
         blocks += _column(study, i, column)
     return Section("groups", title, ITEMS, tuple(blocks))
 
 
-def verdict(gaps: Sequence[Gap]) -> str:
-    """What the comparisons show, in one or two sentences."""
+def named(column: str, group: str) -> str:
+    """A group for people: ``sex F``, but ``scanner-2`` of the column ``scanner``."""
+    column = column.replace("_", " ")
+    return group if group.lower().startswith(column.lower()) else f"{column} {group}"
+
+
+def plot_name(metric: str) -> str:
+    """Name of the plot of a metric's gaps; safe as the name of a file."""
+    return "groups_" + "".join(c if c.isalnum() or c == "_" else "-" for c in metric.lower())
+
+
+def found(subgroups: Sequence[Subgroups], *, worse: bool) -> list[str]:
+    """The groups with a gap for which the model does worse, or better, than for all others."""
+    return [
+        f"{named(column.column, gap.group)} ({terms.name(gap.metric)})"
+        for column in subgroups
+        for gap in column.gaps
+        if gap.verdict is Verdict.GAP and _is_worse(gap) is worse
+    ]
+
+
+def _is_worse(gap: Gap) -> bool:
+    below = (gap.difference.value or 0.0) < 0
+    return below is not (terms.split(gap.metric)[0] in terms.LOWER_IS_BETTER)
+
+
+def verdict(subgroups: Sequence[Subgroups]) -> str:
+    """What the comparisons show, in a few sentences."""
+    gaps = [g for s in subgroups for g in s.gaps]
     if not gaps:
         return "Groups were measured but not compared."
-    found = [g for g in gaps if g.verdict is Verdict.GAP]
-    similar = [g for g in gaps if g.verdict is Verdict.SIMILAR]
-    open_ = len(gaps) - len(found) - len(similar)
-    if found:
-        named = terms.listed([f"{g.group} in {terms.name(g.metric)}" for g in found])
-        text = f"The model does worse for {named}."
-    else:
-        text = "No gap was found"
-        text += ", and every group is similar to the others." if not open_ else "."
+    open_ = sum(g.verdict in (Verdict.UNDECIDED, Verdict.INSUFFICIENT) for g in gaps)
+    sentences = []
+    if worse := found(subgroups, worse=True):
+        sentences.append(f"The model does worse for {terms.listed(worse)}.")
+    if better := found(subgroups, worse=False):
+        who = "It" if worse else "The model"
+        sentences.append(f"{who} does better for {terms.listed(better)}, so worse for all others.")
+    if not sentences:
+        rest = ", and every group is similar to the others" if not open_ else ""
+        sentences.append(f"No gap was found{rest}.")
+    text = " ".join(sentences)
     if open_:
         text += (
             f" {open_} of {len(gaps)} comparisons are undecided or rest on too few patients: for "
@@ -74,9 +103,7 @@ def _column(study: Study, i: int, column: Subgroups) -> list[Block]:
     title = column.column.replace("_", " ")
     rows = [(("subgroups", i, "groups", k), group) for k, group in enumerate(column.groups)]
     metrics = terms.overall(figure_names(column.groups))
-    blocks: list[Block] = [
-        performances(study, f"By {title}", title.capitalize(), rows, metrics)  # type: ignore[arg-type]
-    ]
+    blocks: list[Block] = [performances(study, f"By {title}", title.capitalize(), rows, metrics)]
     lines = []
     for k, gap in enumerate(column.gaps):
         at = ("subgroups", i, "gaps", k)
@@ -100,6 +127,6 @@ def _column(study: Study, i: int, column: Subgroups) -> list[Block]:
 def _adjusted(study: Study, at: tuple[str | int, ...], gap: Gap) -> Value:
     if gap.adjusted_low is None or gap.adjusted_high is None:
         return Value("–")
-    ends = (terms.write(gap.metric, e, signed=True) for e in (gap.adjusted_low, gap.adjusted_high))
+    text = terms.interval(gap.metric, gap.adjusted_low, gap.adjusted_high, signed=True)
     low = study.fact(*at, "adjusted_low")
-    return Value(" to ".join(ends), "", low.trace, "Allows for all comparisons made.")
+    return Value(text, "", low.trace, "Allows for all comparisons made.")

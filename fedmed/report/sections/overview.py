@@ -61,10 +61,8 @@ def _privacy_tile(study: Study) -> Value:
         return Value("none", note="trained without differential privacy", trace=where_, tone="bad")
     _, most = max(spent)
     value = study.epsilon(most)
-    return Value(
-        f"ε {value.text}", f"δ {wording.delta(guarantees[most].delta)}, per {study.evidence.run.unit}",
-        value.trace, value.source,
-    )  # fmt: skip
+    below = f"δ {wording.delta(guarantees[most].delta)}, per {study.evidence.run.unit}"
+    return Value(f"ε {value.text}", below, value.trace, value.source)
 
 
 def _gap_tile(study: Study) -> Value:
@@ -101,7 +99,7 @@ def uses(study: Study) -> Section:
         )),
     ]  # fmt: skip
     if modality is not None:
-        facts.insert(1, ("Images", modality))
+        facts.insert(1, ("Data", modality))
     released = Text(
         "A model may be used in care only after a release that the named clinicians and the "
         "privacy officer have signed, and under the rules of the place of use. This report is "
@@ -115,13 +113,9 @@ def warnings(study: Study) -> Section:
     """Known limits."""
     evidence = study.evidence
     limits = [sentence(text) for text in evidence.limits]
-    if evidence.run.synthetic:
-        limits.append("All images are synthetic: nothing is known about real patients.")
     groups = [g for s in evidence.subgroups for g in s.gaps]
-    found = [g for g in groups if g.verdict is Verdict.GAP]
-    if found:
-        named = terms.listed([f"{g.group} ({terms.name(g.metric)})" for g in found])
-        limits.append(f"The model does worse for some groups: {named}.")
+    if any(g.verdict is Verdict.GAP for g in groups):
+        limits.append("The model does not work equally well for all: see the groups of patients.")
     open_ = [g for g in groups if g.verdict in (Verdict.UNDECIDED, Verdict.INSUFFICIENT)]
     if open_:
         limits.append(

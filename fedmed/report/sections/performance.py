@@ -21,12 +21,14 @@ def overall(study: Study) -> Section:
         )
         for m in metrics
     )
-    patients = study.fact("pooled", "patients")
-    intro = (
-        f"On test images of {patients.text.replace('-', ' to ')} patients, none of whom the model "
-        f"was trained on. Intervals hold the true value in {LEVEL:.0%} of such studies; they come "
-        f"from {evidence.resamples:,} bootstrap resamples of patients, not of images."
-    )
+    patients = study.patients("pooled", "patients").text
+    intro = f"On test images of {patients} patients, none of whom the model was trained on."
+    if study.exact:
+        intro += (
+            f" Intervals are made to hold the true value in {terms.percent(LEVEL)} of such "
+            f"studies; they come from {evidence.resamples:,} bootstrap resamples of patients, not "
+            "of images."
+        )
     blocks: list[Block] = [Text(intro)]
     if pooled.note:
         blocks.append(Text(sentence(pooled.note), "quiet"))
@@ -56,7 +58,7 @@ def by_site(study: Study) -> Section:
     rows = [(("sites", i), site) for i, site in enumerate(evidence.sites)]
     metrics = terms.overall(figure_names(evidence.sites))
     everything = [*rows, (("pooled",), evidence.pooled)]
-    table = performances(study, "Test images by site", "Site", everything, metrics)  # type: ignore[arg-type]
+    table = performances(study, "Test images by site", "Site", everything, metrics)
     plot = (Figure("sites"),) if isinstance(table, Table) and len(rows) > 1 else ()
     text = Text(
         "The pooled value is computed over all sites' images taken together; it is not a mean of "
@@ -69,9 +71,9 @@ def by_site(study: Study) -> Section:
 def matrix(study: Study) -> Section | None:
     """Each model on each site's test images."""
     evidence = study.evidence
-    if not evidence.matrix:
-        return None
     models = list(dict.fromkeys(c.model for c in evidence.matrix))
+    if models in ([], ["global"]):  # the performance by site says as much
+        return None
     sites = list(dict.fromkeys(c.site for c in evidence.matrix))
     place = {(c.model, c.site): i for i, c in enumerate(evidence.matrix)}
     rows = tuple(

@@ -14,7 +14,7 @@ from fedmed.report.context import Study
 from fedmed.report.document import Block, Row, Section, Table, Text, Value
 from fedmed.report.terms import listed
 
-ITEMS = ("CHAI: Trust ingredients, security", "TRIPOD+AI 18e")
+ITEMS = ("CHAI: Trust ingredients, security",)
 FALSE_ALARMS = 0.001
 """Share of outsiders wrongly named at which the power of an attack is bounded."""
 
@@ -81,12 +81,12 @@ def _words(epsilon: float, delta: float, unit: str) -> str:
     factor, right = odds_factor(epsilon), most_right(epsilon, delta)
     return (
         f"Suppose somebody who sees the finished model wonders whether {whose} took part. The "
-        f"model can change the odds of that by at most {_times(factor)} times (e^ε), except "
-        f"with a probability of at most {wording.delta(delta)} (δ). Guessing blindly is right "
-        f"half the time; with the model and any attack whatever it is right at most "
-        f"{_percent(right)} of the time. An attack that wrongly names 1 in 1,000 outsiders finds "
-        f"at most {_percent(most_found(epsilon, delta))} of those who took part. These are "
-        "limits that hold for every attack; known attacks do far worse than such limits allow."
+        f"model can change the odds of that by at most {_times(factor)} times (e^ε), apart from "
+        f"a slack of {wording.delta(delta)} (δ) in probability. Guessing blindly is right half "
+        f"the time; with the model and any attack whatever it is right at most {_percent(right)} "
+        "of the time. An attack that wrongly names 1 in 1,000 outsiders finds at most "
+        f"{_percent(most_found(epsilon, delta))} of those who took part. These limits hold for "
+        "every attack, known or not; they do not say that one exists that reaches them."
     )
 
 

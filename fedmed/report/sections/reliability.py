@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedmed.report import terms
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Figure, Folded, Row, Section, Table, Text
 from fedmed.report.sections.common import MISSING, reduced, sentence, title
@@ -54,7 +55,8 @@ def calibration(study: Study) -> Section | None:
                 )
         rows.append(Row(target.target, tuple(cells)))
     head = (
-        "Class", "Temperature", "Calibration error before", "after", "Brier score before", "after",
+        "Class", "Temperature", "Calibration error before", "Calibration error after",
+        "Brier score before", "Brier score after",
     )  # fmt: skip
     text = Text(
         "When the model says 70 %, about 70 of 100 such cases should have the finding. Its "
@@ -75,7 +77,7 @@ def _bins(study: Study, i: int) -> Folded:
     for k, bin_ in enumerate(target.bins):
         at = ("calibration", i, "bins", k)
         rows.append(Row(
-            f"{bin_.low:.0%} to {bin_.high:.0%}",
+            f"{bin_.low:.0%} to {bin_.high:.0%}".replace("%", " %"),
             tuple(study.figure(*at, part, metric=metric) for part, metric in _PARTS),
         ))  # fmt: skip
     caption = f"Reliability of {target.target}, with the temperature applied"
@@ -92,6 +94,7 @@ def prediction_sets(study: Study) -> Section | None:
     conformal = study.evidence.conformal
     if conformal is None:
         return None
+    level = terms.percent(conformal.level)
     segmentation = study.evidence.run.task == "segmentation"
     names = ["pooled", *(n for n in conformal.coverage if n != "pooled")]
     columns = (
@@ -109,15 +112,15 @@ def prediction_sets(study: Study) -> Section | None:
     if segmentation:
         words = (
             "Besides the outline, the model marks the voxels that might belong to a structure. "
-            f"The mark is set so that it holds {conformal.level:.0%} of the true voxels, on average "
-            "over patients like those of the validation images. A case with much in doubt goes to "
+            f"The mark is set so that it holds {level} of the true voxels, on average over "
+            " patients like those of the validation images. A case with much in doubt goes to "
             "a person."
         )
         size = "Voxels in doubt"
     else:
         words = (
             "Besides its answer, the model names a set of classes that is made to hold the truth "
-            f"in {conformal.level:.0%} of cases (split-conformal prediction; Vovk et al. 2005), for "
+            f"in {level} of cases (split-conformal prediction; Vovk et al. 2005), for "
             "patients like those of the validation images. A case whose set is empty or holds "
             "several classes goes to a person."
         )
@@ -129,7 +132,6 @@ def prediction_sets(study: Study) -> Section | None:
     table = reduced(Table("Prediction sets on test images", head, tuple(rows)))
     if isinstance(table, Table):
         blocks.append(Figure("coverage"))
-    blocks += [table, Text(f"Promised coverage: {conformal.level:.0%}. Coverage holds over all "
-                           "patients together; a single site or group can lie below it.")]  # fmt: skip
+    blocks.append(table)
     items = (SAFETY, "TRIPOD+AI 15, 23a")
     return Section("sets", "Prediction sets and referral", items, tuple(blocks))

@@ -40,10 +40,10 @@ def trained(study: Study) -> Section:
     for name, keys in _SETTINGS:
         if (value := study.setting(*keys)) is not None:
             facts.append((name, value))
-    rows = []
-    for site in evidence.training_patients:
-        band = study.fact("training_patients", site)
-        rows.append(Row(site, (Value(band.text.replace("-", " to "), "", band.trace, _BAND),)))
+    rows = [
+        Row(site, (study.patients("training_patients", site),))
+        for site in evidence.training_patients
+    ]
     return Section(
         "training",
         "What was trained, and by whom",
@@ -57,9 +57,6 @@ def trained(study: Study) -> Section:
             ),
         ),
     )
-
-
-_BAND = "A coarse public band; the exact number stays at the site."
 
 
 def curves(study: Study) -> Section:

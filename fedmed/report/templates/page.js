@@ -22,7 +22,7 @@ Promise.all(drawn).then(() => { document.documentElement.dataset.drawn = drawn.l
 // Paper cannot be clicked: everything folded is printed, then folded again.
 let folded = [];
 window.addEventListener("beforeprint", () => {
-  folded = [...document.querySelectorAll("details.fold:not([open]):not(.sources)")];
+  folded = [...document.querySelectorAll("details.fold:not([open]):not(.sources):not(.lengthy)")];
   folded.forEach((d) => { d.open = true; });
 });
 window.addEventListener("afterprint", () => folded.forEach((d) => { d.open = false; }));
