@@ -1,10 +1,11 @@
 """What a site tells of its model's worth: sums that add up over sites, and nothing else.
 
-Classification: per target (the positive class; each class against the rest; each label) how
-many positives and negatives have a score in each bin of a fixed public grid. The bins are the
-leaves of a binary tree, so that counts about few patients can be told at a coarser node instead
-(:func:`coarsen`): a merged summary may hold counts at any level. Segmentation: per structure
-sums over images, in voxels or in fixed point.
+Classification: per target (the positive class; each class against the rest; each label) how many
+positives and negatives have a score in each bin of a fixed public grid. A count about few
+patients is told together with its neighbours', as one cell over several bins
+(:func:`told_together`): a summary holds every cell twice, at its lowest and at its highest bin,
+so that cells of any extent add up over sites. Segmentation: per structure sums over images, in
+voxels or in fixed point.
 
 Every summary is an array of integers and merging is addition: it is associative, commutative,
 and the merged summary equals the summary of all images together, bit for bit.
@@ -42,28 +43,22 @@ class Grid:
     """Fixed public bins of a probability, even in its logit; the outer two are open.
 
     Attributes:
-        bins: a power of two.
-        span: the logit at which the outer bins begin is one bin inside ±span.
+        bins: an even number, so that 0.5 lies between two of them.
+        span: bins are as wide as if they divided logits from -span to span.
     """
 
     bins: int = 32768
     span: float = 16.0
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bins <= _MOST_BINS or self.bins & (self.bins - 1):
+        if not 2 <= self.bins <= _MOST_BINS or self.bins % 2:
             raise ConfigError(
-                f"expected evaluation.bins={self.bins} to be a power of two in [2, {_MOST_BINS}]"
+                f"expected evaluation.bins={self.bins} to be even, in [2, {_MOST_BINS}]"
             )
         if not (math.isfinite(self.span) and 0 < self.span <= 64):
             raise ConfigError(f"expected evaluation.span={self.span} in (0, 64]")
 
-    @property
-    def nodes(self) -> int:
-        """Length of a tree: node ``i`` has children ``2i`` and ``2i + 1``, the root is 1, the
-        leaves are the last ``bins``; index 0 stays empty."""  # fmt: skip
-        return 2 * self.bins
-
-    def leaf(self, scores: NDArray[Any]) -> NDArray[np.int64]:
+    def bin(self, scores: NDArray[Any]) -> NDArray[np.int64]:
         """Bin of each probability; what is not a number goes where 0.5 does."""
         p = np.asarray(scores, np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -78,20 +73,6 @@ class Grid:
         edges[0], edges[-1] = 0.0, 1.0
         return edges
 
-    def first(self) -> NDArray[np.int64]:
-        """Lowest leaf below each node, ``[nodes]``; index 0 has none and is given 0."""
-        return self._leaves()[0]
-
-    def size(self) -> NDArray[np.int64]:
-        """Leaves below each node, ``[nodes]``."""
-        return self._leaves()[1]
-
-    def _leaves(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        nodes = np.arange(self.nodes)
-        level = np.frexp(np.maximum(nodes, 1))[1] - 1
-        size = self.bins >> level
-        return np.where(nodes > 0, nodes * size - self.bins, 0), size
-
 
 def targets_of(task: TaskSpec) -> tuple[str, ...]:
     """What a summary has a row for: classes, labels or structures; binary: the positive class."""
@@ -99,18 +80,22 @@ def targets_of(task: TaskSpec) -> tuple[str, ...]:
 
 
 def shape_of(task: TaskSpec, grid: Grid) -> tuple[int, ...]:
-    """Shape of one split's summary."""
+    """Shape of one split's summary.
+
+    Classification: ``[T, 2, 2, bins]``: target; negatives and positives; each cell at its lowest
+    and at its highest bin. Segmentation: ``[K, 7]``, see :data:`SUMS`.
+    """
     rows = len(targets_of(task))
     if task.kind is TaskKind.SEGMENTATION:
         return rows, len(SUMS)
-    return rows, 2, grid.nodes
+    return rows, 2, 2, grid.bins
 
 
 def per_image(predictions: Predictions, task: TaskSpec, grid: Grid) -> Counts:
     """What each image adds to a summary.
 
     Returns:
-        Classification: ``[N, T]`` tree nodes of :func:`place`; segmentation ``[N, K, 7]`` sums.
+        Classification: ``[N, T]`` as of :func:`place`; segmentation ``[N, K, 7]`` sums.
     """
     truth = predictions.truth()
     if task.kind is TaskKind.SEGMENTATION:
@@ -124,24 +109,29 @@ def per_image(predictions: Predictions, task: TaskSpec, grid: Grid) -> Counts:
 
 
 def place(scores: NDArray[Any], positive: NDArray[np.bool_], grid: Grid) -> Counts:
-    """Where each score is counted: ``0 .. nodes`` for negatives, ``nodes ..`` for positives."""
-    return np.asarray(grid.bins + grid.leaf(scores) + np.where(positive, grid.nodes, 0), np.int64)
+    """Where each score is counted: its bin; for positives ``bins`` more."""
+    return np.asarray(grid.bin(scores) + np.where(positive, grid.bins, 0), np.int64)
 
 
 def summarise(parts: Counts, task: TaskSpec, grid: Grid) -> Counts:
-    """The sum over images of :func:`per_image`, in the shape of :func:`shape_of`."""
+    """The sum over images of :func:`per_image`, in the shape of :func:`shape_of`.
+
+    Every bin is a cell of its own.
+    """
     if task.kind is TaskKind.SEGMENTATION:
         return np.asarray(parts.sum(axis=0), np.int64).reshape(shape_of(task, grid))
-    return np.stack(
-        [
-            np.bincount(column, minlength=2 * grid.nodes).reshape(2, grid.nodes)
-            for column in parts.reshape(-1, len(targets_of(task))).T
-        ]
-    ).astype(np.int64)
+    columns = parts.reshape(-1, len(targets_of(task))).T
+    bins = np.stack([np.bincount(c, minlength=2 * grid.bins) for c in columns])
+    return alone(bins.reshape(-1, 2, grid.bins).astype(np.int64))
+
+
+def alone(bins: Counts) -> Counts:
+    """Counts by bin, ``[..., bins]``, as cells of one bin each, ``[..., 2, bins]``."""
+    return np.stack([bins, bins], axis=-2)
 
 
 def merge(parts: Sequence[Counts]) -> Counts:
-    """Several sites' summaries as one.
+    """Several summaries as one.
 
     Raises:
         ValueError: none, or of different shapes.
@@ -151,61 +141,70 @@ def merge(parts: Sequence[Counts]) -> Counts:
     return np.asarray(np.sum(parts, axis=0, dtype=np.int64))
 
 
-def totals(tree: NDArray[Any]) -> NDArray[Any]:
-    """Sum of each node and all below it, along the last axis."""
-    found = tree.copy()
-    for level in _levels(tree.shape[-1]):
-        found[..., level] += found[..., 2 * level] + found[..., 2 * level + 1]
-    return found
-
-
-def released_nodes(fits: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The finest nodes of a tree all of which may be told.
+def told_together(bins: Counts, ends: Sequence[int]) -> Counts:
+    """Counts by bin, told in cells that end with the named bins.
 
     Args:
-        fits: ``[..., nodes]``, whether a node's total may be told.
+        bins: ``[bins]``.
+        ends: ascending; the last cell ends with the last bin whatever is named. None: no cell.
 
     Returns:
-        Nodes that lie side by side and hold everything; none where the root does not fit. A node
-        is divided only where both halves fit, so that nothing follows by subtraction.
+        ``[2, bins]``: each cell's count at its lowest and at its highest bin.
     """
-    bins = fits.shape[-1] // 2
-    reached = np.zeros_like(fits)
-    reached[..., 1] = fits[..., 1]
-    told = np.zeros_like(fits)
-    for level in reversed(_levels(2 * bins)):
-        both = fits[..., 2 * level] & fits[..., 2 * level + 1] & reached[..., level]
-        reached[..., 2 * level] = reached[..., 2 * level + 1] = both
-        told[..., level] = reached[..., level] & ~both
-    told[..., bins:] = reached[..., bins:]
+    told = np.zeros((2, len(bins)), bins.dtype)
+    if ends:
+        last = [*ends[:-1], len(bins) - 1]
+        first = [0, *(e + 1 for e in last[:-1])]
+        told[0, first] = told[1, last] = np.add.reduceat(bins, first)
     return told
 
 
-def coarsen(tree: Counts, fits: NDArray[np.bool_]) -> Counts:
-    """Move counts that may not be told alone up to a node that may; see :func:`released_nodes`."""
-    return np.where(released_nodes(fits), totals(tree), 0)
-
-
-def patients_below(nodes: Counts, patients: NDArray[np.int64], grid: Grid) -> Counts:
-    """Different patients at or below each node, ``[2, nodes]``, of one target.
+def enough_patients(bins: Counts, patients: NDArray[np.int64], floor: int) -> list[int]:
+    """Ends of the narrowest cells, from the lowest bin on, that hold ``floor`` patients each.
 
     Args:
-        nodes: ``[N]`` as :func:`place` gives.
+        bins: ``[N]`` bin of each image.
         patients: ``[N]`` numbers.
+
+    Returns:
+        Nothing where there are fewer patients in all; what is left over joins the last cell.
     """
-    side, node = np.divmod(nodes, grid.nodes)
-    found = np.zeros(2 * grid.nodes, np.int64)
-    while len(node) and node[0] >= 1:  # all are on one level
-        pairs = np.unique(np.stack([side * grid.nodes + node, patients]), axis=1)
-        found += np.bincount(pairs[0], minlength=len(found))
-        node = node // 2
-    return found.reshape(2, grid.nodes)
+    ends: list[int] = []
+    order = np.argsort(bins, kind="stable")
+    sorted_bins, owners = bins[order].tolist(), patients[order].tolist()
+    seen: set[int] = set()
+    for position, (bin_, patient) in enumerate(zip(sorted_bins, owners, strict=True)):
+        seen.add(patient)
+        whole = position + 1 == len(sorted_bins) or sorted_bins[position + 1] != bin_
+        if whole and len(seen) >= floor:
+            ends.append(bin_)
+            seen = set()
+    return ends
 
 
-def _levels(nodes: int) -> list[NDArray[np.int64]]:
-    """Inner nodes level by level, the lowest first."""
-    depth = nodes.bit_length() - 2
-    return [np.arange(1 << d, 2 << d) for d in range(depth - 1, -1, -1)]
+def large_enough(bins: Counts, floor: int) -> list[int]:
+    """The same for counts of which nothing but the value is known: with noise."""
+    ends: list[int] = []
+    count = 0
+    for bin_, value in enumerate(bins.tolist()):
+        count += value
+        if count >= floor:
+            ends.append(bin_)
+            count = 0
+    while ends and bins[ends[-2] + 1 if len(ends) > 1 else 0 :].sum() < floor:
+        ends.pop()  # what is left over may be negative
+    return ends
+
+
+def cells_of(told: Counts) -> NDArray[np.int64]:
+    """The cells of one site's told summary.
+
+    Returns:
+        ``[C, 5]``: target, side, lowest bin, highest bin, count; empty cells are left out.
+    """
+    low, high = (np.argwhere(told[:, :, end]) for end in (0, 1))
+    counts = told[:, :, 0][tuple(low.T)]
+    return np.concatenate([low, high[:, 2:], counts[:, None]], axis=1)
 
 
 def _image_sums(predicted: NDArray[Any], reference: NDArray[Any], classes: int) -> Counts:

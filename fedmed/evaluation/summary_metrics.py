@@ -1,8 +1,8 @@
 """Metrics from merged summaries, each with the most by which it can differ from the exact one.
 
-A count at a node says only that its scores lie somewhere in the node's interval. So every
-metric is computed twice, for the placement of the scores that is worst for it and for the best;
-the exact value lies between, and the middle is given with half the distance as its bound.
+A cell's count says only that its scores lie somewhere between its lowest and its highest bin. So
+every metric is computed twice, for the placement of the scores that is worst for it and for the
+best; the exact value lies between, and the middle is given with half the distance as its bound.
 """
 
 from __future__ import annotations
@@ -37,51 +37,42 @@ def _between(low: float, high: float) -> Bounded:
     return Bounded((low + high) / 2, max(0.0, high - low) / 2)
 
 
-def _placed(tree: Amounts, grid: Grid, *, top: bool) -> NDArray[np.float64]:
-    """All amounts moved to the highest or the lowest leaf of their node, ``[bins]``."""
-    at = grid.first() + (grid.size() - 1 if top else 0)
-    amounts = np.asarray(tree[1:], np.float64)
-    return np.asarray(np.bincount(at[1:], amounts, grid.bins), np.float64)
+def auroc(target: Amounts, grid: Grid) -> Bounded:  # noqa: ARG001 - as the others have
+    """Area under the ROC curve (Mann-Whitney), of one target's ``[2, 2, bins]``.
 
-
-def auroc(target: Amounts, grid: Grid) -> Bounded:
-    """Area under the ROC curve (Mann-Whitney), of one target's ``[2, nodes]``.
-
-    With all counts at leaves the value counts pairs of one bin half and the bound is half the
+    Where every cell is one bin the value counts pairs of one bin half, and the bound is half the
     pairs of one bin over all pairs.
     """
-    negatives, positives = target
-    pairs = float(negatives.sum()) * float(positives.sum())
-    if pairs <= 0 or positives.sum() <= 0:
+    (negatives_low, negatives_high), (positives_low, positives_high) = np.asarray(target, float)
+    negatives, positives = negatives_low.sum(), positives_low.sum()
+    if min(negatives, positives) <= 0:
         return UNDEFINED
-    # sure wins: the negative's highest leaf is below the positive's lowest; sure losses likewise
-    below = np.cumsum(_placed(negatives, grid, top=True))
-    wins = float(_placed(positives, grid, top=False)[1:] @ below[:-1])
-    above = np.cumsum(_placed(negatives, grid, top=False)[::-1])[::-1]
-    losses = float(_placed(positives, grid, top=True)[:-1] @ above[1:])
+    pairs = float(negatives * positives)
+    # sure wins: the negative's highest bin is below the positive's lowest; sure losses likewise
+    wins = float(positives_low[1:] @ np.cumsum(negatives_high)[:-1])
+    losses = float(positives_high[:-1] @ np.cumsum(negatives_low[::-1])[::-1][1:])
     return _between(wins / pairs, 1 - losses / pairs)
 
 
-def average_precision(target: Amounts, grid: Grid) -> Bounded:
+def average_precision(target: Amounts, grid: Grid) -> Bounded:  # noqa: ARG001 - likewise
     """Average precision (sum of precision at each score, weighted by the recall gained)."""
-    negatives, positives = target
-    if positives.sum() <= 0:
+    total = float(target[1, 0].sum())
+    if total <= 0:
         return UNDEFINED
-    low = _precision_sum(positives, negatives, grid, best=False)
-    high = _precision_sum(positives, negatives, grid, best=True)
-    total = float(positives.sum())
+    low = _precision_sum(target, best=False)
+    high = _precision_sum(target, best=True)
     return _between(max(0.0, low / total), min(1.0, high / total))
 
 
-def _precision_sum(positives: Amounts, negatives: Amounts, grid: Grid, *, best: bool) -> float:
+def _precision_sum(target: Amounts, *, best: bool) -> float:
     """Most or least that the precisions at all positives can add up to.
 
     Worst: of each bin all negatives come first; then the i-th positive adds
     (T + i) / (T + F + i), summed in closed form with 1 / (c + i) <= the integral of 1 / x over
     the unit interval around c + i. Best: no negative of the bin comes before its positives.
     """
-    p = np.maximum(_placed(positives, grid, top=best)[::-1], 0.0)
-    n = np.maximum(_placed(negatives, grid, top=not best)[::-1], 0.0)
+    p = np.maximum(target[1, int(best)][::-1], 0.0)
+    n = np.maximum(target[0, int(not best)][::-1], 0.0)
     before_p, before_n = np.cumsum(p) - p, np.cumsum(n) - n
     if best:
         called = before_p + p + before_n
@@ -105,14 +96,12 @@ class Decisions:
 def decisions(target: Amounts, grid: Grid, threshold: float) -> Decisions:
     """True and false positives and negatives at a threshold, as shares."""
     edges = grid.edges()
-    cut = int(np.searchsorted(edges, threshold - 1e-12))  # the first leaf wholly at or above
-    straddled = cut == grid.bins or edges[cut] > threshold + 1e-12  # the last leaf holds 1
-    calls = []
-    for amounts in target:
-        surely = float(_placed(amounts, grid, top=False)[cut:].sum())
-        lowest = cut - 1 if straddled else cut
-        perhaps = float(_placed(amounts, grid, top=True)[max(0, lowest) :].sum())
-        calls.append((surely, perhaps, float(amounts.sum())))
+    cut = int(np.searchsorted(edges, threshold - 1e-12))  # the first bin wholly at or above
+    straddled = cut == grid.bins or edges[cut] > threshold + 1e-12  # the last bin holds 1
+    lowest = max(0, cut - 1) if straddled else cut
+    calls = [
+        (float(s[0, cut:].sum()), float(s[1, lowest:].sum()), float(s[0].sum())) for s in target
+    ]
     (fp, fp_most, n), (tp, tp_most, p) = calls
     return Decisions(
         sensitivity=_share((tp, p - tp), (tp_most, p - tp_most)),
@@ -134,43 +123,45 @@ def _share(low: tuple[float, float], high: tuple[float, float]) -> Bounded:
 
 def brier(target: Amounts, grid: Grid) -> Bounded:
     """Mean squared difference of probability and truth."""
-    total = float(target.sum())
+    total = float(target[:, 0].sum())
     if total <= 0:
         return UNDEFINED
-    low, high = _interval(grid)
-    negatives, positives = target
-    least = negatives @ low**2 + positives @ (1 - high) ** 2
-    most = negatives @ high**2 + positives @ (1 - low) ** 2
+    edges = grid.edges()
+    low, high = edges[:-1], edges[1:]
+    (negatives_low, negatives_high), (positives_low, positives_high) = target
+    least = negatives_low @ low**2 + positives_high @ (1 - high) ** 2
+    most = negatives_high @ high**2 + positives_low @ (1 - low) ** 2
     return _between(float(least) / total, float(most) / total)
 
 
 def calibration_error(target: Amounts, grid: Grid) -> Bounded:
-    """Expected calibration error over :data:`RELIABILITY_BINS` equal intervals.
+    """Expected calibration error over :data:`RELIABILITY_BINS` equal intervals of probability.
 
-    Each node counts where the middle of its interval lies, with that probability. The bound
-    adds half of each interval for the probability, and for nodes that reach into a second
-    interval twice the most that their images can add.
+    Half of each cell counts at its lower end and half at its upper. The bound adds half of each
+    cell's extent, for the probabilities, and 2 for each image that may lie on the other side of
+    an interval's end.
     """
-    total = float(target.sum())
+    total = float(target[:, 0].sum())
     if total <= 0:
         return UNDEFINED
-    low, high = _interval(grid)
-    middle = (low + high) / 2
-    bin_of = [np.minimum((v * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
-              for v in (low, middle, np.nextafter(high, 0))]  # fmt: skip
-    negatives, positives = target
-    amounts = negatives + positives
-    gaps = np.bincount(bin_of[1], positives - amounts * middle, RELIABILITY_BINS)
-    straddles = bin_of[0] != bin_of[2]
-    reach = np.where(straddles, 2 * (positives * (1 - low) + negatives * high), 0.0)
-    bound = float((amounts * (high - low) / 2 + reach).sum()) / total
-    return Bounded(float(np.abs(gaps).sum()) / total, max(0.0, bound))
+    edges = grid.edges()
+    low, high = edges[:-1], edges[1:]
+    which = np.minimum((RELIABILITY_BINS * (low + high) / 2).astype(int), RELIABILITY_BINS - 1)
+    amounts = target.sum(axis=0)  # at the cells' lower and upper ends
+    found = target[1] - amounts * np.stack([low, high])
+    gaps = np.bincount(which, found.sum(axis=0) / 2, RELIABILITY_BINS)
+    extent = float(amounts[1] @ high - amounts[0] @ low) / 2
+    ends = np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS
+    crossing = [float(amounts[0][low < e].sum() - amounts[1][high <= e].sum()) for e in ends]
+    bound = (extent + 2 * min(total, sum(max(0.0, c) for c in crossing))) / total
+    return Bounded(float(np.abs(gaps).sum()) / total, min(1.0, max(0.0, bound)))
 
 
-def _interval(grid: Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Lower and upper end of each node's probabilities; index 0 is empty and any interval does."""
-    edges, first = grid.edges(), grid.first()
-    return edges[first], edges[first + np.where(np.arange(grid.nodes) > 0, grid.size(), 1)]
+def balance(target: Amounts) -> NDArray[np.float64]:
+    """Sensitivity + specificity - 1 at each inner edge, half of each cell at either end."""
+    sides = target.sum(axis=-1).mean(axis=-1)
+    below = np.cumsum(target.mean(axis=1), axis=1)[:, :-1] / sides[:, None]
+    return np.asarray(below[0] - below[1], np.float64)
 
 
 def pooled_dice(sums: Counts) -> float | None:

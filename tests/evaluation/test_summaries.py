@@ -16,16 +16,17 @@ from fedmed.evaluation.summaries import (
     SCALE,
     SUMS,
     Grid,
-    coarsen,
+    alone,
+    cells_of,
+    enough_patients,
+    large_enough,
     merge,
-    patients_below,
     per_image,
     place,
-    released_nodes,
     shape_of,
     summarise,
     targets_of,
-    totals,
+    told_together,
 )
 from fedmed.types import TaskKind, TaskSpec
 
@@ -85,7 +86,7 @@ def test_only_summaries_of_one_shape_are_merged():
         merge([])
 
 
-@pytest.mark.parametrize(("bins", "span"), [(12, 4.0), (1, 4.0), (1 << 17, 4.0), (16, 0.0)])
+@pytest.mark.parametrize(("bins", "span"), [(13, 4.0), (0, 4.0), (1 << 17, 4.0), (16, 0.0)])
 def test_unusable_grids_are_refused(bins, span):
     with pytest.raises(ConfigError, match="evaluation"):
         Grid(bins, span)
@@ -94,14 +95,14 @@ def test_unusable_grids_are_refused(bins, span):
 @given(hnp.arrays(np.float32, 50, elements=st.floats(0, 1, width=32)))
 def test_every_score_lies_in_its_bin(scores):
     grid = Grid(64, 8.0)
-    leaf, edges = grid.leaf(scores), grid.edges()
-    assert (edges[leaf] <= scores + 1e-9).all()
-    assert (scores <= edges[leaf + 1] + 1e-9).all()
+    bins, edges = grid.bin(scores), grid.edges()
+    assert (edges[bins] <= scores + 1e-9).all()
+    assert (scores <= edges[bins + 1] + 1e-9).all()
 
 
 def test_a_score_that_is_no_number_counts_in_the_middle():
-    assert SMALL.leaf(np.array([np.nan])).tolist() == SMALL.leaf(np.array([0.5])).tolist()
-    assert one_target([np.nan, 0.1], [True, False], SMALL).sum() == 2
+    assert SMALL.bin(np.array([np.nan])) == SMALL.bin(np.array([0.5]))
+    assert one_target([np.nan, 0.1], [True, False], SMALL)[:, 0].sum() == 2
 
 
 # ---- close to the exact values, and honest about the rest
@@ -128,7 +129,7 @@ def test_a_hundred_thousand_scores(shape):
     found = metrics.auroc(tree, grid)
     exact = oracle.roc_auc_score(truth, scores)
     assert abs(found.value - exact) <= min(0.002, found.bound + 1e-9)
-    same_bin = (tree[0] * tree[1]).sum() / truth.sum() / (~truth).sum()
+    same_bin = (tree[0, 0] * tree[1, 0]).sum() / truth.sum() / (~truth).sum()
     assert found.bound == pytest.approx(same_bin / 2, abs=1e-9)
     check_bounds(tree, scores, truth, grid)
 
@@ -162,9 +163,14 @@ def ece(scores, truth, bins=10):
     return sum(abs((truth - scores)[which == b].sum()) for b in range(bins)) / len(scores)
 
 
+def together(target, floor):
+    """Cells of at least ``floor`` images."""
+    return np.stack([told_together(s[0], large_enough(s[0], floor)) for s in target])
+
+
 @given(
     n=st.integers(2, 60), seed=st.integers(0, 2**32), floor=st.integers(1, 12),
-    bins=st.sampled_from([2, 16, 128]), ties=st.booleans(),
+    bins=st.sampled_from([2, 16, 130]), ties=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
 def test_exact_values_lie_within_the_bounds_however_coarse(n, seed, floor, bins, ties):
@@ -176,9 +182,8 @@ def test_exact_values_lie_within_the_bounds_however_coarse(n, seed, floor, bins,
         scores = np.round(scores, 1)
     grid = Grid(bins, 4.0)
     tree = one_target(scores, truth, grid)
-    counts = totals(tree)
-    coarse = coarsen(tree, (counts == 0) | (counts >= floor))
-    if coarse.sum() < n:  # a side was left out altogether
+    coarse = together(tree, floor)
+    if coarse[:, 0].sum() < n:  # a side was left out altogether
         return
     check_bounds(coarse, scores, truth, grid)
 
@@ -187,8 +192,7 @@ def test_the_bound_grows_where_cells_are_told_coarsely():
     rng = np.random.default_rng(0)
     truth = rng.random(400) < 0.5
     tree = one_target(1 / (1 + np.exp(-rng.normal(truth, 1))), truth, SMALL)
-    counts = totals(tree)
-    coarse = coarsen(tree, (counts == 0) | (counts >= 60))
+    coarse = together(tree, 60)
     assert metrics.auroc(coarse, SMALL).bound > metrics.auroc(tree, SMALL).bound
 
 
@@ -211,37 +215,43 @@ def test_undefined_metrics_are_none():
     bins=st.sampled_from([2, 8, 64]),
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
-def test_no_told_cell_is_small_and_nothing_is_lost_or_told_twice(seed, n, floor, bins):
+def test_every_cell_holds_enough_patients_and_nothing_is_lost(seed, n, floor, bins):
     rng = np.random.default_rng(seed)
     grid = Grid(bins, 4.0)
     patients = rng.integers(0, max(1, n // 2), n)
-    nodes = place(rng.random((n, 1)), rng.random((n, 1)) < 0.3, grid)
-    tree = summarise(nodes, BINARY, grid)[0]
-    below = patients_below(nodes[:, 0], patients, grid)
-    assert (below <= totals(tree)).all()
-    fits = (below == 0) | (below >= floor)
-    told = released_nodes(fits)
-    assert fits[told].all()
-    coarse = coarsen(tree, fits)
-    for side in (0, 1):
-        total = tree[side].sum()
-        assert coarse[side].sum() == (total if fits[side, 1] else 0)
-        if fits[side, 1]:  # the told nodes lie side by side
-            sizes = grid.size()[told[side]]
-            starts = np.sort(grid.first()[told[side]])
-            assert sizes.sum() == bins
-            assert len(set(starts.tolist())) == len(starts)
-    # any sum of told cells is zero or holds enough patients: there is nothing to subtract
-    assert (below[coarse > 0] >= floor).all()
+    where = grid.bin(rng.random(n))
+    ends = enough_patients(where, patients, floor)
+    told = told_together(np.bincount(where, minlength=bins), ends)
+    if len(set(patients.tolist())) < floor:
+        assert ends == []
+        assert told.sum() == 0
+        return
+    cells = cells_of(told[None, None])
+    assert cells[:, 4].sum() == n
+    assert (cells[1:, 2] > cells[:-1, 3]).all()  # side by side, none in another
+    for _, _, low, high, count in cells:
+        inside = (low <= where) & (where <= high)
+        assert inside.sum() == count
+        assert len(set(patients[inside].tolist())) >= floor
 
 
-def test_patients_are_counted_once_however_many_images():
-    grid = Grid(4, 4.0)
-    nodes = place(np.array([[0.1], [0.1], [0.9]]), np.ones((3, 1), bool), grid)
-    below = patients_below(nodes[:, 0], np.array([7, 7, 7]), grid)
-    assert below[1].max() == 1
-    assert below[1, 1] == 1
-    assert below[0].sum() == 0
+@given(st.lists(st.integers(-30, 40), min_size=2, max_size=40), st.integers(1, 30))
+def test_noisy_cells_reach_the_floor_and_keep_the_total(bins, floor):
+    values = np.array(bins)
+    told = told_together(values, large_enough(values, floor))
+    if told.any():
+        assert told[0].sum() == told[1].sum() == values.sum()
+        assert told[told != 0].min() >= floor
+    else:
+        assert np.cumsum(values).max() < floor or values.sum() < floor
+
+
+def test_cells_of_two_sites_add_up():
+    ours = told_together(np.array([4, 4, 4, 4]), [1, 3])
+    theirs = told_together(np.array([9, 9, 9, 9]), [0, 1, 2, 3])
+    merged = merge([ours, theirs])
+    assert merged.tolist() == [[17, 9, 17, 9], [9, 17, 9, 17]]
+    assert (alone(np.array([1, 2])) == [[1, 2], [1, 2]]).all()
 
 
 # ---- segmentation

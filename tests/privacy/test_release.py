@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 
 from fedmed.privacy.accountant import Mechanism, epsilon
 from fedmed.privacy.noise import SecureGenerator
-from fedmed.privacy.release import (
-    add_noise,
-    bounded_images,
-    is_sum,
-    sensitivity,
-    sum_mechanism,
-)
+from fedmed.privacy.release import add_noise, bounded_images
+from fedmed.privacy.sums import is_sum, sensitivity, sum_mechanism
 
 
 class FirstImages(SecureGenerator):
