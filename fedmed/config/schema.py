@@ -145,7 +145,7 @@ class EvaluationConfig:
     figures: bool = False
     splits: list[str] = field(default_factory=lambda: ["val", "test"])
     target_epsilon: float | None = None  # None: without noise
-    bins: int | None = None  # None: 16 with noise, 32768 without
+    bins: int | None = None  # None: 32 with noise, 32768 without
     span: float | None = None  # None: 4 with noise, 16 without
     max_images_per_unit: int = 1
 

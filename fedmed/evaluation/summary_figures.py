@@ -153,11 +153,15 @@ class _Cells:
         self.counts, self.grid, self.cluster = counts, grid, cluster
         self.noisy = bool((variance > 0).any())
         self.coarse = grid if grid.bins <= _COARSE else Grid(_COARSE, grid.span)
-        side, low, high, count = cells[:, 1:].T
-        shape = (DRAWS, len(cells))
+        ends = cells[:, 2:4] * self.coarse.bins // grid.bins
+        places, which = np.unique(np.c_[cells[:, 1], ends], axis=0, return_inverse=True)
+        (side, low, high), which = places.T, which.reshape(-1)
+        count = np.bincount(which, cells[:, 4], len(places))
+        variance = np.bincount(which, variance, len(places))
+        shape = (DRAWS, len(places))
         noise = rng.standard_normal(shape) * np.sqrt(variance)
         sample = rng.poisson(count / cluster, shape) * cluster
-        at = np.stack([low, high]) * self.coarse.bins // grid.bins + side * 2 * self.coarse.bins
+        at = np.stack([low, high]) + side * 2 * self.coarse.bins
         at[1] += self.coarse.bins
         self._noise_only = self._filled(at, count + noise)
         self._both = self._filled(at, sample + noise)

@@ -109,7 +109,7 @@ def evaluation_request(config: Config) -> EvaluationRequest | None:
     asked = config.evaluation
     if not asked.figures:
         return None
-    bins, span = (32768, 16.0) if asked.target_epsilon is None else (16, 4.0)
+    bins, span = (32768, 16.0) if asked.target_epsilon is None else (32, 4.0)
     request = EvaluationRequest(
         splits=tuple(Split(one_of("evaluation.splits", s, tuple(Split))) for s in asked.splits),
         target_epsilon=asked.target_epsilon,
