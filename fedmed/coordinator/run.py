@@ -9,6 +9,8 @@ from fedmed.audit.log import AuditLog
 from fedmed.codec import plain
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.federation.coordinator import Coordinator, RoundReport, RunPlan, SiteSlot
+from fedmed.federation.evaluation_file import write_evaluation
+from fedmed.federation.evaluation_round import EvaluationReport
 from fedmed.federation.files import save_arrays, write_atomic
 from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.payload import check_payload
@@ -72,13 +74,16 @@ class StudyRun:
             deadline=plan.round_deadline,
             max_update_norm=plan.max_update_norm,
             ema_decay=plan.ema_decay,
+            evaluation=plan.evaluation,
         )
         grid = LinkGrid(
             self._run, self._store, nodes, self._issuer(), self._folder.spool(self._run),
             plan.round_deadline, self._stop, self._issued,
         )  # fmt: skip
         final = run_server_app(
-            lambda g: Coordinator(g, strategy, run_plan, checkpoints, [self]), grid, begin
+            lambda g: Coordinator(g, strategy, run_plan, checkpoints, [self], self._evaluated),
+            grid,
+            begin,
         )
         self._finish(final)
 
@@ -98,6 +103,20 @@ class StudyRun:
         )  # fmt: skip
         self._write_metrics(report)
         self._store.set_run(self._run, round_=report.round, seconds=state.seconds, error="")
+
+    def _evaluated(self, report: EvaluationReport) -> None:
+        """Write down what sites told of the trained network."""
+        for site, (code, reason) in report.failures.items():
+            self._log.append(
+                "figures-not-told", run=self._run, round=report.task.round, site=site, code=code,
+                reason=reason,
+            )  # fmt: skip
+        for update in report.updates:
+            self._store.spent(update.site, update.epsilon)
+        written = write_evaluation(self._path, report)
+        self._log.append(
+            "figures-written", run=self._run, sites=len(report.updates), sha256=written
+        )
 
     # ----
 
