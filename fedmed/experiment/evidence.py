@@ -23,7 +23,6 @@ from fedmed.evaluation.disclosure import patient_band
 from fedmed.evaluation.evidence import (
     FORMAT,
     Evidence,
-    Figure,
     Guarantee,
     Performance,
     RunFacts,
@@ -34,6 +33,7 @@ from fedmed.evaluation.evidencefile import EVIDENCE, FOLDER, read_evidence, writ
 from fedmed.experiment.finished import MODEL, FinishedRun
 from fedmed.experiment.rivals import Rivals
 from fedmed.federation.policy import public_size
+from fedmed.federation.told import read_evaluation, told_evidence
 from fedmed.types import PrivacyUnit, Split, TaskKind
 
 TEST_CASES: Final = f"{FOLDER}/cases-test.jsonl"
@@ -95,7 +95,10 @@ def make_evidence(folder: Path, options: EvidenceOptions) -> Evidence:
     run = FinishedRun.open(folder, options.device)
     source = data_source(run, options.published)
     if source.kind is SourceKind.WITHHELD:
-        evidence = _withheld(run, source, options)
+        evidence = told_evidence(
+            _facts(run), read_evaluation(folder), source, model_sha256=run.model_sha256,
+            training_patients=_training_patients(run), limits=_limits(run, None),
+        )  # fmt: skip
         _write(run.folder, evidence, {})
         return evidence
     test = _cases(run, Split.TEST, options.columns)
@@ -158,8 +161,9 @@ def data_source(run: FinishedRun, published: str | None) -> Source:
         )
     return Source(
         SourceKind.WITHHELD,
-        "The run has differential privacy and its images are private: figures computed from "
-        "them would leave without protection.",
+        "Not shown: the run has differential privacy and its images are private, so that figures "
+        "of them need noise that is paid for (evaluation.figures=true, "
+        "evaluation.target_epsilon, site.metrics=noisy).",
     )
 
 
@@ -234,24 +238,6 @@ def _limits(run: FinishedRun, val: Cases | None) -> tuple[str, ...]:
         lost = sum(run.summary.failures.values())
         said.append(f"{lost} site rounds were lost; see refusals and faults.")
     return tuple(said)
-
-
-def _withheld(run: FinishedRun, source: Source, options: EvidenceOptions) -> Evidence:
-    note = "withheld: private images, differential privacy"
-    figures = {_headline(run): Figure(None, DATA, note=note)}
-    return Evidence(
-        format=FORMAT,
-        run=_facts(run),
-        sources={DATA: source},
-        training_patients=_training_patients(run),
-        metric=_headline(run),
-        resamples=0,
-        seed=options.seed,
-        pooled=Performance("pooled", "withheld", figures, note),
-        sites=(),
-        model_sha256=run.model_sha256,
-        limits=_limits(run, None),
-    )
 
 
 def _check_unchanged(run: FinishedRun, metric: str, pooled: Performance) -> None:
