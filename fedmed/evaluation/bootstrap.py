@@ -236,8 +236,10 @@ def interval(draws: Draws, level: float = LEVEL) -> tuple[float, float] | None:
       than a normal interval. A share of exactly 0 or 1 does not move under resampling; its
       interval is Wilson's for as many trials as patients.
     * A free value takes percentiles.
-    * A distance that noise can only raise is raised once more by resampling: percentiles
-      reflected at the value ("basic" interval, Davison & Hinkley 1997, section 5.2) undo that.
+    * A distance that noise can only raise is raised again by resampling; how far tells how far
+      the value itself is too high. Its upper end is normal about the corrected value. Its lower
+      end allows for (1 + sqrt 2) times that: where the true distance is 0, a value is the size of
+      one noise, a resample that of two, and they differ by (sqrt 2 - 1) noises.
 
     None where more than :data:`MOST_UNDEFINED` of the resamples are undefined, and where all of
     them agree without a count of patients to go by.
@@ -254,9 +256,12 @@ def interval(draws: Draws, level: float = LEVEL) -> tuple[float, float] | None:
         reach = _quantile(draws.units, level) * scale
         centre = special.logit(draws.value)
         return float(special.expit(centre - reach)), float(special.expit(centre + reach))
-    low, high = (float(q) for q in np.quantile(known, [(1 - level) / 2, (1 + level) / 2]))
     if draws.shape is Shape.DISTANCE:
-        low, high = max(0.0, 2 * draws.value - high), max(draws.value, 2 * draws.value - low)
+        raised = max(0.0, float(known.mean()) - draws.value)
+        reach = _quantile(draws.units, level) * error
+        low = draws.value - (1 + np.sqrt(2)) * raised - reach
+        return max(0.0, float(low)), max(draws.value, draws.value - raised + reach)
+    low, high = (float(q) for q in np.quantile(known, [(1 - level) / 2, (1 + level) / 2]))
     return low, high
 
 

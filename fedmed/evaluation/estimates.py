@@ -197,7 +197,7 @@ def _binary(
         "specificity": share(~called, ~positive, patients),
         "ppv": share(positive, called, patients),
         "npv": share(~positive, ~called, patients),
-        "brier": Statistic(ratio(squared, everyone)),
+        "brier": mean(squared, patients, Shape.SHARE),
         "ece": Statistic(ece(probabilities, positive), Shape.DISTANCE),
     }
 

@@ -124,8 +124,8 @@ def judged(study: Cases) -> dict[str, Statistic]:
 @pytest.fixture(scope="module")
 def truth() -> dict[str, float]:
     """Values of a study so large that they are those of all patients."""
-    whole = judged(binary(np.random.default_rng(99), 300_000, likeness=0.9))
-    size = len(members(np.random.default_rng(99), 300_000))
+    whole = judged(binary(np.random.default_rng(99), 100_000, likeness=0.9))
+    size = len(members(np.random.default_rng(99), 100_000))
     return {name: statistic.of(np.ones((1, size))).item() for name, statistic in whole.items()}
 
 
