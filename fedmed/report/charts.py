@@ -145,7 +145,7 @@ def lines(points: Sequence[dict[str, Any]], name: str) -> Any:
                       scale=alt.Scale(domain=series, range=list(SERIES)))  # fmt: skip
     shape = alt.Shape("series:N", title=None, sort=None, scale=alt.Scale(domain=series))
     base = alt.Chart(alt.InlineData(values=list(points))).encode(
-        x=alt.X("round:Q", title="Round", axis=alt.Axis(tickMinStep=1, grid=False, tickCount=6)),
+        x=alt.X("round:Q", title="Round", axis=_round_axis(points)),
         y=alt.Y("value:Q", title=name, scale=alt.Scale(zero=False)),
         color=color,
         tooltip=[
@@ -156,3 +156,10 @@ def lines(points: Sequence[dict[str, Any]], name: str) -> Any:
     lines = base.mark_line(strokeWidth=1.75)
     dots = base.mark_point(filled=True, size=45, opacity=1).encode(shape=shape)
     return alt.layer(lines, dots).properties(height=260)
+
+
+def _round_axis(points: Sequence[dict[str, Any]]) -> alt.Axis:
+    """Whole rounds only."""
+    rounds = sorted({p["round"] for p in points})
+    every = -(-len(rounds) // 8)
+    return alt.Axis(values=rounds[::every], format="d", grid=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from fedmed.evaluation.evidence import Performance
 from fedmed.report import wording
 from fedmed.report.context import Study
 from fedmed.report.runfolder import GLOBAL, METRICS
@@ -43,7 +44,10 @@ class Curve:
 
 
 def curve(study: Study) -> Curve:
-    """The headline metric on validation images; no points where exact figures may not be shown."""
+    """The headline metric on validation images; no points where exact figures may not be shown.
+
+    A site whose test figures are suppressed has too few patients for a curve as well.
+    """
     metric = study.evidence.metric
     if not study.exact or not study.files.has(METRICS):
         return Curve(metric, ())
@@ -52,6 +56,9 @@ def curve(study: Study) -> Curve:
     if not any(isinstance(r.get(metric), float) for _, r in validated):
         found = (wording.headline(r) for _, r in validated)
         metric = next((m for m in found if m is not None), metric)
+    shown = {s.name for s in study.evidence.sites if _has_figures(s)}
+    if _has_figures(study.evidence.pooled):
+        shown.add(GLOBAL)
     points = tuple(
         Point(
             round=int(row["round"]),
@@ -60,6 +67,10 @@ def curve(study: Study) -> Curve:
             trace=trace(METRICS, line, metric),
         )
         for line, row in validated
-        if isinstance(row.get(metric), float)
+        if isinstance(row.get(metric), float) and row["site"] in shown
     )
     return Curve(metric, points)
+
+
+def _has_figures(performance: Performance) -> bool:
+    return any(figure.value is not None for figure in performance.figures.values())

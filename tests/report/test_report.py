@@ -19,10 +19,13 @@ from studies import CLASSES, SITES, write_run
 
 from fedmed.cli.main import main
 from fedmed.codec import decode, encode
-from fedmed.evaluation.evidence import Evidence, Figure, Gap, Subgroups, Verdict
+from fedmed.evaluation.evidence import Evidence, Figure, Gap, Performance, Subgroups, Verdict
 from fedmed.report import terms
 from fedmed.report.build import write_report
+from fedmed.report.context import open_study
+from fedmed.report.curves import curve
 from fedmed.report.document import Row, Table, Text, Value
+from fedmed.report.plots import plots
 from fedmed.report.sections.common import reduced
 from fedmed.report.sections.fairness import verdict
 from fedmed.report.sections.privacy import most_found, most_right
@@ -107,6 +110,22 @@ def test_figures_that_are_not_exact_bring_no_learning_curves(reports):
             assert "metrics.jsonl" not in (run / "report" / file).read_text(), (name, file)
         assert not (run / "report" / "plots" / "curves.svg").exists()
         assert "outside any charged mechanism" in page(run).text
+
+
+def test_a_site_of_too_few_patients_has_no_curve(tmp_path):
+    run = write_run(tmp_path / "run")
+    content = evidence(run)
+    few = Performance("site-2", "under 10", {}, "not shown: too few patients here")
+    sites = tuple(few if s.name == "site-2" else s for s in content.sites)
+    (run / "evidence" / "evidence.json").write_text(encode(replace(content, sites=sites)))
+    study = open_study(run)
+    assert set(curve(study).series) == {"all sites", "site-1", "site-3", "site-4"}
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    for point in curve(study).points:
+        line = int(point.trace.split("/")[1])
+        assert json.loads(lines[line - 1])["site"] != "site-2"
+    spoken = plots(study)["curves"].description
+    assert "site-2" not in spoken
 
 
 def test_withheld_figures_leave_words_and_no_plot_of_performance(reports):

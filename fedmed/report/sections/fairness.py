@@ -8,7 +8,7 @@ from fedmed.evaluation.evidence import Gap, Subgroups, Verdict
 from fedmed.report import terms
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Bullets, Figure, Row, Section, Table, Text, Value
-from fedmed.report.sections.common import VERDICTS, figure_names, performances
+from fedmed.report.sections.common import VERDICTS, figure_names, performances, sentence
 
 ITEMS = ("CHAI: Key metrics, fairness", "TRIPOD+AI 3c, 12f, 14, 23a")
 _LEGEND = (
@@ -104,6 +104,10 @@ def _column(study: Study, i: int, column: Subgroups) -> list[Block]:
     rows = [(("subgroups", i, "groups", k), group) for k, group in enumerate(column.groups)]
     metrics = terms.overall(figure_names(column.groups))
     blocks: list[Block] = [performances(study, f"By {title}", title.capitalize(), rows, metrics)]
+    notes = {gap.difference.note for gap in column.gaps}
+    if len(notes) == 1 and all(g.verdict is Verdict.INSUFFICIENT for g in column.gaps):
+        text = f"Differences by {title}: insufficient data for every comparison."
+        return [*blocks, Text(f"{text} {sentence(notes.pop())}", "quiet")]
     lines = []
     for k, gap in enumerate(column.gaps):
         at = ("subgroups", i, "gaps", k)
