@@ -24,7 +24,7 @@ def inference(preparation: Preparation) -> dict[str, Any]:
             "sw_batch_size": 4, "overlap": OVERLAP, "mode": "gaussian",
         }  # fmt: skip
     return {
-        "imports": ["$import glob", "$import os", "$import torch", "$import PIL.Image"],
+        "imports": ["$import glob", "$import os", "$import torch", "$from PIL import Image"],
         "bundle_root": ".",
         "dataset_dir": "images",
         "output_dir": "$@bundle_root + '/eval'",
@@ -72,7 +72,7 @@ def _run(preparation: Preparation) -> list[str]:
         return [f"$[None {each}]"]  # the last transform has saved it
     name = f"os.path.splitext(os.path.basename({path}))[0] + '_mask.png'"
     labels = "item['pred'][0].numpy().astype('uint8')"
-    save = f"PIL.Image.fromarray({labels}).save(os.path.join(@output_dir, {name}))"
+    save = f"Image.fromarray({labels}).save(os.path.join(@output_dir, {name}))"
     return ["$os.makedirs(@output_dir, exist_ok=True)", f"$[{save} {each}]"]
 
 

@@ -93,7 +93,8 @@ def _script(source: Source) -> bytes:
     buffer = io.BytesIO()
     try:
         with _no_warnings(), torch.no_grad():
-            torch.jit.save(torch.jit.trace(source.network, images), buffer)
+            jit: Any = torch.jit
+            jit.save(jit.trace(source.network, images), buffer)
     except Exception as error:  # the tracer's errors share no base
         raise ModelError(
             f"the network cannot be exported ({type(error).__name__})", "use --format onnx"
@@ -106,7 +107,8 @@ def _scripted(path: Path) -> Any:
     import torch
 
     with _no_warnings():
-        script: Any = torch.jit.load(path, map_location="cpu")
+        jit: Any = torch.jit
+        script = jit.load(path, map_location="cpu")
 
     def answer(images: NDArray[np.float32]) -> NDArray[Any]:
         with torch.no_grad():

@@ -54,9 +54,10 @@ def _converted(source: Source) -> bytes:
     try:
         import onnx  # noqa: F401 - the exporter imports it late
         import onnxscript  # noqa: F401
-        import torch
     except ImportError as error:
         raise missing_packages("onnx or onnxscript") from error
+    import torch
+
     task = source.preparation.task
     images = torch.zeros(2, task.channels, *task.image_size)
     try:
