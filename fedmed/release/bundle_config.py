@@ -103,7 +103,9 @@ def _prepare(preparation: Preparation) -> list[dict[str, Any]]:
         gray = f"(x.float() * torch.tensor({_LUMA})[:, None, None]).sum(0, keepdim=True)"
         steps.append(_lambda(f"x if x.shape[0] == 1 else {gray}.round().to(x.dtype)"))
     if preparation.intensity == "unit":
-        scale = "{torch.uint8: 255.0, torch.uint16: 65535.0}.get(x.dtype, 1.0)"
+        # MONAI widens 16 bit pictures to 32
+        bits = "{torch.uint8: 255.0, torch.uint16: 65535.0, torch.int32: 65535.0}"
+        scale = f"{bits}.get(x.dtype, 1.0)"
         steps.append(_lambda(f"x.float() / {scale}"))
     steps.append({"_target_": "EnsureTyped", "keys": "image", "dtype": "$torch.float32"})
     if task.dims == 2:
