@@ -30,6 +30,13 @@ def test_a_site_folder(site):
     assert names(site) == (["images/1.png", "images/3.png"], 1)
 
 
+def test_new_patients_have_no_label(site):
+    lines = (site / "manifest.csv").read_text().splitlines()
+    (site / "manifest.csv").write_text("\n".join(x.rpartition(",")[0] for x in lines))
+    assert names(site) == (["images/1.png", "images/3.png"], 1)
+    assert names(site / "images") == (["1.png", "3.png"], 1)
+
+
 def test_opt_outs_hold_for_folders_and_files_inside_a_site(site, tmp_path):
     assert names(site / "images") == (["1.png", "3.png"], 1)
     assert names(site / "images" / "2.png", site / "images" / "1.png") == (["1.png"], 1)
