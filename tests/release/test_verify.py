@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from releases import CRITERIA, PEOPLE, make_run, make_signers, sign
 
 from fedmed.codec import encode, plain
@@ -39,7 +41,7 @@ def resign(release: Path, signers, name: str, **changes) -> None:
     new = replace(old, **changes, signature="")
     path.unlink()
     signed = replace(new, signature=signers.keys[name].sign(PURPOSE, new.statement()))
-    (release / signed.path()).write_text(encode(signed))
+    (release / signed.path()).write_text(encode(signed) + "\n")
 
 
 def edit_manifest(release: Path, **changes) -> None:
@@ -156,6 +158,38 @@ def test_every_byte_of_a_signature_counts(release, signers):
         assert codes(release, signers.trust) == ["signature-broken", "role-missing"], key
 
 
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_any_changed_byte_of_any_file_is_seen(originals, signers, data):
+    release = originals["binary"]
+    files = sorted(p for p in release.rglob("*") if p.is_file())
+    path = data.draw(st.sampled_from(files))
+    original = path.read_bytes()
+    place = data.draw(st.integers(0, len(original) - 1))
+    changed = bytearray(original)
+    changed[place] ^= data.draw(st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]))
+    try:
+        path.write_bytes(changed)
+        assert codes(release, signers.trust)
+    finally:
+        path.write_bytes(original)
+
+
+def test_a_signature_in_other_letters(release, signers):
+    """Hexadecimal digits and JSON can be written in several ways; only one is taken."""
+    path = signature_of(release, ADA)
+    original = json.loads(path.read_text())
+    for text in (
+        encode({**original, "signature": original["signature"].upper()}) + "\n",
+        encode(original),
+        json.dumps(original) + "\n",
+    ):
+        path.write_text(text)
+        assert codes(release, signers.trust) == ["signature-broken", "role-missing"]
+
+
 def test_a_signature_under_another_name(release, signers):
     path = signature_of(release, ADA)
     path.rename(path.with_name("privacy-officer-" + path.name[-21:]))
@@ -223,7 +257,7 @@ def test_one_person_does_not_count_twice(release, signers, tmp_path):
     path = signature_of(release, "Zed")
     old = replace(Signature(**json.loads(path.read_text())), name="ada  EXAMPLE", signature="")
     signed = replace(old, signature=second.sign(PURPOSE, old.statement()))
-    path.write_text(encode(signed))
+    path.write_text(encode(signed) + "\n")
     own.write([own.entry(ADA, "clinician"), own.entry("ada  EXAMPLE", "clinician"),
                own.entry(CY, "privacy-officer")])  # fmt: skip
     assert codes(release, own.trust) == ["same-person", "same-person", "role-missing"]
@@ -234,7 +268,7 @@ def test_one_key_does_not_count_in_two_roles(release, signers):
     path = signature_of(release, ADA)
     old = replace(Signature(**json.loads(path.read_text())), role="privacy-officer", signature="")
     signed = replace(old, signature=signers.keys[ADA].sign(PURPOSE, old.statement()))
-    (release / signed.path()).write_text(encode(signed))
+    (release / signed.path()).write_text(encode(signed) + "\n")
     assert codes(release, signers.trust) == [
         "key-of-other-role", "same-key", "same-key", "role-missing",
     ]  # fmt: skip
