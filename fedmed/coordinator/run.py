@@ -220,4 +220,4 @@ class StudyRun:
         write_atomic(self._path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         self._store.set_run(self._run, RunState.FINISHED, round_=state.round)
         self._log.append("run-finished", run=self._run, sha256=state.released.sha256())
-        self._forget(state.round + 1)
+        self._forget(state.round + 2)  # the figures' round too

@@ -32,7 +32,7 @@ from fedmed.evaluation.summary_metrics import Amounts, Bounded, Decisions
 from fedmed.evaluation.summary_release import noise_of
 from fedmed.types import DPSpec, TaskKind, TaskSpec
 
-DRAWS: Final = 400
+DRAWS: Final = 200
 """Times that noise and counts are drawn again."""
 DEFAULT_THRESHOLD: Final = 0.5
 _Z: Final = 1.959963984540054
