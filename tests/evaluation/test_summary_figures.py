@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import norm
+from test_summaries import BINARY
 
 from fedmed.evaluation.summaries import SCALE, SUMS, Grid, place, summarise
 from fedmed.evaluation.summary_figures import (
@@ -19,7 +20,6 @@ from fedmed.evaluation.summary_release import tell_exact, tell_noisy
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.sums import sum_mechanism
 from fedmed.types import TaskKind, TaskSpec
-from test_summaries import BINARY
 
 GRID = Grid(32, 4.0)
 SPEC = sum_mechanism(2.0, 1e-5, 1)
@@ -135,8 +135,8 @@ def test_dice_and_its_interval():
     dice = rng.beta(8, 2, 200)
     row = {
         "intersection": 400, "predicted": 500, "reference": 500, "defined": 200, "images": 200,
-        "dice": int(round(SCALE * dice.sum())),
-        "dice_squares": int(round(SCALE * (dice**2).sum())),
+        "dice": round(SCALE * dice.sum()),
+        "dice_squares": round(SCALE * (dice**2).sum()),
     }  # fmt: skip
     told = Answer(np.array([[row[n] for n in SUMS], [0] * len(SUMS)]), None)
     found = figures([told], task, {}, "x", grid=GRID)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_summaries import BINARY, SMALL, TASKS, answers
 
 from fedmed.evaluation.summaries import SCALE, SUMS, Grid, cells_of, per_image, place, summarise
 from fedmed.evaluation.summary_release import (
@@ -18,7 +19,6 @@ from fedmed.evaluation.summary_release import (
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.sums import sensitivity, sum_mechanism
 from fedmed.types import TaskKind, TaskSpec
-from test_summaries import BINARY, SMALL, TASKS, answers
 
 SPEC = sum_mechanism(4.0, 1e-5, 2)
 
