@@ -192,4 +192,4 @@ class StudyRun:
         write_result(self._path, self._run, self._plan, state, spent)
         self._store.set_run(self._run, RunState.FINISHED, round_=state.round)
         self._log.append("run-finished", run=self._run, sha256=state.released.sha256())
-        self._forget(state.round + 1)
+        self._forget(state.round + 2)  # the figures' round too

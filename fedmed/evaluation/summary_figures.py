@@ -32,7 +32,7 @@ from fedmed.evaluation.summary_metrics import Amounts, Bounded, Decisions
 from fedmed.evaluation.summary_release import noise_of
 from fedmed.types import DPSpec, TaskKind, TaskSpec
 
-DRAWS: Final = 400
+DRAWS: Final = 200
 """Times that noise and counts are drawn again."""
 DEFAULT_THRESHOLD: Final = 0.5
 _Z: Final = 1.959963984540054
@@ -221,9 +221,7 @@ def _target(cells: _Cells, threshold: float, source: str) -> dict[str, Told]:
     return found
 
 
-def _share(
-    cells: _Cells, decided: Decisions, name: str, threshold: float, source: str
-) -> Told:  # fmt: skip
+def _share(cells: _Cells, decided: Decisions, name: str, threshold: float, source: str) -> Told:
     bounded: Bounded = getattr(decided, name)
     if bounded.value is None:
         return Told(Figure(None, source, note=_NOTHING))
@@ -244,9 +242,7 @@ def _share(
     return Told(Figure(value, source, min(low, value), max(high, value)), bounded.bound, noise)
 
 
-def _resampled(
-    cells: _Cells, metric: Callable[[Amounts, Grid], Bounded], source: str
-) -> Told:  # fmt: skip
+def _resampled(cells: _Cells, metric: Callable[[Amounts, Grid], Bounded], source: str) -> Told:
     noise, both = cells.noise(metric), cells.both(metric)
     sample = math.sqrt(max(0.0, both**2 - noise**2)) if math.isfinite(both) else math.inf
     return _told(metric(cells.counts, cells.grid), sample, noise, source)

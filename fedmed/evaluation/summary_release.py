@@ -132,11 +132,9 @@ def _hide_more(
     return hidden
 
 
-def _told_sums(
-    sums: Counts, parts: Counts, patients: NDArray[np.int64], floor: int
-) -> Counts:  # fmt: skip
+def _told_sums(sums: Counts, parts: Counts, patients: NDArray[np.int64], floor: int) -> Counts:
     """Structures that enough patients have; the number of all images only where the patients
-    without a structure are none or enough, too."""  # fmt: skip
+    without a structure are none or enough, too."""
     defined = parts[:, :, _COLUMN["defined"]] > 0
     found = sums.copy()
     for index, has in enumerate(defined.T):

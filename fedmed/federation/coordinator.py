@@ -155,8 +155,10 @@ class Coordinator:
         return state
 
     def _evaluate(self, state: ServerState, request: EvaluationRequest) -> EvaluationReport:
-        """Ask for figures of the weights that are released; again after a restart, which sites
-        answer with what they told before."""  # fmt: skip
+        """Ask for figures of the released weights.
+
+        Asked again after a restart, sites answer with what they told before.
+        """
         training = replace(self._plan.task, round=self._plan.task.rounds, arrays=state.released)
         return ask_sites(
             self._grid,

@@ -123,7 +123,7 @@ class Gate:
 
     def leave(
         self, task: TrainTask | EvaluateTask, update: ClientUpdate | EvaluationUpdate
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Let an answer out, as the plan says it may look and be made.
 
         Raises:

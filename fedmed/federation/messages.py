@@ -346,9 +346,7 @@ class _FigureFacts:
     epsilon: float | None
 
 
-def read_figures(
-    message: Message, table: tuple[TensorEntry, ...]
-) -> EvaluationUpdate | Refusal:  # fmt: skip
+def read_figures(message: Message, table: tuple[TensorEntry, ...]) -> EvaluationUpdate | Refusal:
     """Sums or refusal of a reply.
 
     Raises:
