@@ -90,6 +90,25 @@ def test_a_broken_image_has_a_row_and_stops_nothing(shop, tmp_path, capsys):
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_several_classes(kind, shop, tmp_path):
+    overrides = (*BINARY, f"data.task={kind}", "data.classes=[a,b,c]")
+    folder = make_run(tmp_path / "run", overrides)
+    out = tmp_path / "out"
+    assert run("predict", folder, shop / "images", "--out", out, "--research-use") == 0
+    for row in (r for r in rows(out) if r["status"] == "ok"):
+        chances = {name: float(row[f"p_{name}"]) for name in "abc"}
+        kept = [n for n, p in chances.items() if p >= 0.4]
+        assert row["prediction_set"] == ("|".join(kept) or "none")
+        if kind == "multiclass":
+            assert sum(chances.values()) == pytest.approx(1, abs=1e-5)
+            assert row["prediction"] == max(chances, key=chances.get)
+        else:
+            limits = {"a": 0.5, "b": 0.5, "c": 0.3}
+            chosen = [n for n, p in chances.items() if p >= limits[n]]
+            assert row["prediction"] == ("|".join(chosen) or "none")
+
+
 def test_batches_change_nothing(shop, tmp_path):
     for size in (1, 64):
         assert run("predict", shop / "binary", shop / "images", "--out", tmp_path / str(size),

@@ -95,8 +95,8 @@ def break_log(run):
 
 
 def nan(tensors):
-    name = next(iter(tensors))
-    tensors[name][:] = float("nan")
+    name = next(n for n, t in tensors.items() if t.is_floating_point())
+    tensors[name].fill_(float("nan"))
     return tensors
 
 
