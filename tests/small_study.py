@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.payload import read_payload
 from fedmed.federation.link.store import RunState, Store
 from fedmed.federation.study import FORMAT, Preparation, StudyPlan
+from fedmed.federation.summary_table import BUFFER
 from fedmed.hospital.folder import HospitalFolder, create_site
 from fedmed.trust import certificates
 from fedmed.trust.keys import SigningKey
@@ -33,6 +35,7 @@ from fedmed.types import (
     AugmentSpec,
     ClientUpdate,
     DPRequest,
+    EvaluationUpdate,
     ModelSpec,
     OptimizerSpec,
     PackedArrays,
@@ -125,6 +128,17 @@ def update_content(task: TaskStatement, arrays: PackedArrays, path: Path) -> Wri
     return save_arrays(path, arrays.buffers, {"records": json.dumps(records)})
 
 
+def figures_content(plan: StudyPlan, task: TaskStatement, path: Path) -> Written:
+    """The sums of a site which follow from its name, without noise."""
+    rng = np.random.default_rng([*task.site.encode()])
+    shape = (len(plan.summaries), math.prod(plan.summaries[0].shape[:-2]), 4)
+    bins = rng.integers(10, 90, shape)
+    sums = np.repeat(bins[:, :, None, :], 2, axis=2).reshape(-1).astype(np.int64)
+    facts = EvaluationUpdate(task.run, task.round, task.site, PackedArrays((), {}), None, 10, 4)
+    records = {"config": {"evaluation": encode(facts, skip=frozenset({"arrays"}))}}
+    return save_arrays(path, {BUFFER: sums}, {"records": json.dumps(records)})
+
+
 def refusal_content(task: TaskStatement, code: str, path: Path) -> Written:
     refusal = Refusal(task.run, task.round, task.site, code, "not today")
     records = {"config": {"refusal": encode(refusal)}}
@@ -174,7 +188,10 @@ class Site:
                 self.trained.append((task.round, task.payload))
             record = read_payload(path).array_records["arrays"]
             arrays = PackedArrays(TABLE, {k: v.numpy() for k, v in record.items()})
-            written = update_content(task, step(task, arrays), out)
+            if task.round > self.folder.plan.rounds:
+                written = figures_content(self.folder.plan, task, out)
+            else:
+                written = update_content(task, step(task, arrays), out)
         answer = seal_answer(sealed, written, self.key, code)
         try:
             return desk.take_answer(

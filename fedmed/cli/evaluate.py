@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         UsageError: the folder holds no finished run, or its images are gone or changed.
     """
     from fedmed.codec import plain
-    from fedmed.experiment.evidence import EvidenceOptions, evidence_path, make_evidence
+    from fedmed.evaluation.evidencefile import EVIDENCE
+    from fedmed.experiment.evidence import EvidenceOptions, make_evidence
     from fedmed.report.evidence_tables import evidence_tables
     from fedmed.report.tables import print_table
 
@@ -68,5 +69,5 @@ def run(args: argparse.Namespace) -> int:
         print()
     for source in evidence.sources.values():
         print(source.text)
-    print(f"evidence: {evidence_path(args.run)}")
+    print(f"evidence: {args.run / EVIDENCE}")
     return 0

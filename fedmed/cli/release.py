@@ -244,10 +244,12 @@ def _show(findings: tuple[Finding, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fedmed.report.wording import printable
+
     table = Table(box=None, pad_edge=False)
     for column in ("criterion", "asked", "found", "outcome"):
         table.add_column(column, overflow="fold")
     for f in findings:
         outcome = "met" if f.passed else f"NOT MET: {f.reason}"
-        table.add_row(f.criterion, f.asked, f.found, outcome)
-    Console(width=None, markup=False, highlight=False).print(table)
+        table.add_row(*map(printable, (f.criterion, f.asked, f.found, outcome)))
+    Console(markup=False, highlight=False).print(table)

@@ -274,9 +274,17 @@ def _budget(args: argparse.Namespace) -> int:
         return 0
     print_table(
         plain_table(
-            ("run", "rounds", "steps", "unfinished", "ε afterwards", "last charge"),
+            ("run", "rounds", "steps", "figures", "unfinished", "ε afterwards", "last charge"),
             [
-                (r.run, str(r.rounds), str(r.steps), str(r.unfinished), r.epsilon, r.last)
+                (
+                    r.run,
+                    str(r.rounds),
+                    str(r.steps),
+                    str(r.figures),
+                    str(r.unfinished),
+                    r.epsilon,
+                    r.last,
+                )
                 for r in found.runs
             ],
         )

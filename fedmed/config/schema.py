@@ -140,6 +140,18 @@ class PrivacyConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Figures that are asked of the sites after the last round, as sums over their images."""
+
+    figures: bool = False
+    splits: list[str] = field(default_factory=lambda: ["val", "test"])
+    target_epsilon: float | None = None  # None: without noise
+    bins: int | None = None  # None: 32 with noise, 32768 without
+    span: float | None = None  # None: 4 with noise, 16 without
+    max_images_per_unit: int = 1
+
+
+@dataclass
 class StrategyConfig:
     """A Flower strategy by name, with plain parameters."""
 
@@ -177,6 +189,8 @@ class SiteConfig:
     accountant: str = "rdp"  # rdp | prv
     state_dir: str | None = None  # None: inside the run folder
     cohort_size: int | None = None  # public size as the hospital declares it; None: n, in tens
+    metrics: str = "withhold"  # withhold | noisy | exact
+    min_cell: int = 10
 
 
 @dataclass
@@ -208,6 +222,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     site: SiteConfig = field(default_factory=SiteConfig)

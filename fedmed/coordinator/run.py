@@ -6,10 +6,12 @@ import json
 import threading
 
 from fedmed.audit.log import AuditLog
-from fedmed.codec import plain
 from fedmed.coordinator.folder import StudyFolder
+from fedmed.coordinator.result import write_result
 from fedmed.federation.coordinator import Coordinator, RoundReport, RunPlan, SiteSlot
-from fedmed.federation.files import save_arrays, write_atomic
+from fedmed.federation.evaluation_file import write_evaluation
+from fedmed.federation.evaluation_round import EvaluationReport
+from fedmed.federation.files import write_atomic
 from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.payload import check_payload
 from fedmed.federation.link.store import RunState, SiteState
@@ -72,13 +74,16 @@ class StudyRun:
             deadline=plan.round_deadline,
             max_update_norm=plan.max_update_norm,
             ema_decay=plan.ema_decay,
+            evaluation=plan.evaluation,
         )
         grid = LinkGrid(
             self._run, self._store, nodes, self._issuer(), self._folder.spool(self._run),
             plan.round_deadline, self._stop, self._issued,
         )  # fmt: skip
         final = run_server_app(
-            lambda g: Coordinator(g, strategy, run_plan, checkpoints, [self]), grid, begin
+            lambda g: Coordinator(g, strategy, run_plan, checkpoints, [self], self._evaluated),
+            grid,
+            begin,
         )
         self._finish(final)
 
@@ -98,6 +103,20 @@ class StudyRun:
         )  # fmt: skip
         self._write_metrics(report)
         self._store.set_run(self._run, round_=report.round, seconds=state.seconds, error="")
+
+    def _evaluated(self, report: EvaluationReport) -> None:
+        """Write down what sites told of the trained network."""
+        for site, (code, reason) in report.failures.items():
+            self._log.append(
+                "figures-not-told", run=self._run, round=report.task.round, site=site, code=code,
+                reason=reason,
+            )  # fmt: skip
+        for update in report.updates:
+            self._store.spent(update.site, update.epsilon)
+        written = write_evaluation(self._path, report)
+        self._log.append(
+            "figures-written", run=self._run, sites=len(report.updates), sha256=written
+        )
 
     # ----
 
@@ -168,37 +187,9 @@ class StudyRun:
         text = "".join(f"{line}\n" for line in [*kept, *(json.dumps(r) for r in rows)])
         write_atomic(path, text.encode())
 
-    def _write_model(self, arrays: PackedArrays) -> None:
-        """The weights by name, as a simulation writes them."""
-        plan = self._plan
-        facts = {
-            "task": plain(plan.task),
-            "model": plain(plan.model),
-            "dp": plan.dp is not None,
-            "personal": plain(plan.personal),
-            "synthetic": False,
-            "version": plan.fedmed,
-        }
-        tensors = {e.name: arrays.tensor(e) for e in arrays.table}
-        text = json.dumps(facts, sort_keys=True)
-        save_arrays(self._path / "model.safetensors", tensors, {"fedmed": text})
-
     def _finish(self, state: ServerState) -> None:
-        self._write_model(state.released)
-        summary = {
-            "study": self._plan.study,
-            "plan": self._plan.sha256(),
-            "run": self._run,
-            "rounds": state.round,
-            "sha256": state.released.sha256(),
-            "seconds": state.seconds,
-            "failures": dict(state.failures),
-            "privacy": {
-                "unit": str(self._plan.dp.unit) if self._plan.dp else None,
-                "sites": {s.name: {"epsilon": s.epsilon} for s in self._store.sites() if s.updates},
-            },
-        }
-        write_atomic(self._path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        spent = {s.name: s.epsilon for s in self._store.sites() if s.updates}
+        write_result(self._path, self._run, self._plan, state, spent)
         self._store.set_run(self._run, RunState.FINISHED, round_=state.round)
         self._log.append("run-finished", run=self._run, sha256=state.released.sha256())
-        self._forget(state.round + 1)
+        self._forget(state.round + 2)  # the figures' round too

@@ -98,7 +98,7 @@ class StudyService:
 
         folder, settings = self._folder, self._folder.settings
         desk = Desk(
-            self._store, folder.spool, folder.plan.update_bytes, answered, rejected, replaced
+            self._store, folder.spool, folder.plan.answer_bytes, answered, rejected, replaced
         )
         certificate, key, _ = folder.tls
         try:

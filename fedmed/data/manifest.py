@@ -110,19 +110,22 @@ class Problem:
         return DataError(f"{self.where}: {self.message}", self.remedy)
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Path, *, need_targets: bool = True) -> Manifest:
     """Reads and checks ``manifest.csv``; images are not opened.
+
+    Args:
+        need_targets: refuse a table without a task column, from which nothing can be learnt.
 
     Raises:
         DataError: the first fault, with row, column and remedy.
     """
-    manifest, problems = scan_manifest(root)
+    manifest, problems = scan_manifest(root, need_targets=need_targets)
     if problems:
         raise problems[0].error()
     return manifest
 
 
-def scan_manifest(root: Path) -> tuple[Manifest, tuple[Problem, ...]]:
+def scan_manifest(root: Path, *, need_targets: bool = True) -> tuple[Manifest, tuple[Problem, ...]]:
     """Reads ``manifest.csv`` and collects every fault; faulty rows are left out.
 
     Raises:
@@ -130,7 +133,7 @@ def scan_manifest(root: Path) -> tuple[Manifest, tuple[Problem, ...]]:
     """
     root = Path(root)
     header, rows = read_table(root / MANIFEST, REQUIRED)
-    if not set(TASK_COLUMNS) & set(header):
+    if need_targets and not set(TASK_COLUMNS) & set(header):
         raise DataError(
             f"{MANIFEST} has no task column", f"add one of {', '.join(TASK_COLUMNS)} to the header"
         )

@@ -48,11 +48,13 @@ class Statistic:
         shape: of its interval.
         units: patients that the value rests on (sensitivity: those with a positive image); the
             interval of a share of exactly 0 or 1, which no resample moves, comes from it.
+        rows: the cases whose weights ``of`` takes; None for all.
     """
 
     of: Weighted
     shape: Shape = Shape.FREE
     units: int | None = None
+    rows: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,7 @@ def among(statistics: Statistics, rows: NDArray[np.int64], name: str) -> Statist
     def over(statistic: Statistic | Mean) -> Statistic | Mean:
         if isinstance(statistic, Mean):
             return replace(statistic, parts=tuple(f"{name}/{part}" for part in statistic.parts))
-        of = statistic.of
-        return replace(statistic, of=lambda weights: of(weights[:, rows]))
+        return replace(statistic, rows=rows)
 
     return {f"{name}/{key}": over(statistic) for key, statistic in statistics.items()}
 
@@ -86,7 +87,8 @@ class Draws:
         value: NaN where undefined.
         draws: float64 ``[B]``, NaN where undefined.
         shape: of its interval.
-        units: patients that the value rests on, where that is known.
+        units: patients that the value rests on, where that is known; of a difference or mean
+            those that Welch's degrees of freedom stand for.
         unseen: variance that resampling cannot see.
     """
 
@@ -102,6 +104,7 @@ class Draws:
         return Draws(
             self.value - other.value,
             self.draws - other.draws,
+            units=_units([self, other]),
             unseen=self.unseen + other.unseen,
         )
 
@@ -110,7 +113,12 @@ class Draws:
         known = self.draws[~np.isnan(self.draws)]
         if len(known) < max(2, (1 - MOST_UNDEFINED) * len(self.draws)):
             return float("nan")
-        return float(np.sqrt(known.var(ddof=1) + self.unseen))
+        return float(np.sqrt(self.variance()))
+
+    def variance(self) -> float:
+        """Variance over the resamples that are defined, and the part they cannot see."""
+        known = self.draws[~np.isnan(self.draws)]
+        return float(known.var(ddof=1)) + self.unseen if len(known) > 1 else 0.0
 
 
 def mean_of(parts: Sequence[Draws], shape: Shape = Shape.FREE) -> Draws:
@@ -127,8 +135,21 @@ def mean_of(parts: Sequence[Draws], shape: Shape = Shape.FREE) -> Draws:
         float(np.mean([part.value for part in defined])),
         draws,
         shape,
+        units=_units(defined),
         unseen=sum(part.unseen for part in defined) / len(defined) ** 2,
     )
+
+
+def _units(parts: Sequence[Draws]) -> int | None:
+    """Patients that a sum of parts rests on: Welch's degrees of freedom, and one."""
+    units = [part.units for part in parts if part.units is not None]
+    variances = np.array([part.variance() for part in parts])
+    if len(units) < len(parts):
+        return None
+    if not variances.sum() > 0:
+        return min(units, default=None)
+    freedom = np.maximum(np.array(units) - 1, 1)
+    return int(variances.sum() ** 2 / (variances**2 / freedom).sum()) + 1
 
 
 def draw(
@@ -170,14 +191,28 @@ def draw(
     for start in range(0, resamples, step):
         rows = slice(start, min(start + step, resamples))
         weights = _counts(rng, groups, len(first), rows.stop - start)[:, who.reshape(-1)]
-        for name, statistic in plain.items():
-            drawn[name][rows] = statistic.of(weights)
-    ones = np.ones((1, len(patients)))
-    result = {name: _drawn(s, float(s.of(ones)[0]), drawn[name]) for name, s in plain.items()}
+        for name, values in _values(plain, weights).items():
+            drawn[name][rows] = values
+    points = _values(plain, np.ones((1, len(patients))))
+    result = {name: _drawn(s, float(points[name][0]), drawn[name]) for name, s in plain.items()}
     for name, mean in statistics.items():
         if isinstance(mean, Mean):
             result[name] = mean_of([result[part] for part in mean.parts], mean.shape)
     return {name: result[name] for name in statistics}
+
+
+def _values(
+    statistics: Mapping[str, Statistic], weights: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    """All statistics under the weights, which are gathered once for those of the same rows."""
+    part, held = weights, None
+    result = {}
+    for name, statistic in statistics.items():
+        if statistic.rows is not held:
+            held = statistic.rows
+            part = weights if held is None else weights[:, held]
+        result[name] = statistic.of(part)
+    return result
 
 
 def _drawn(statistic: Statistic, value: float, draws: NDArray[np.float64]) -> Draws:
@@ -195,13 +230,16 @@ def _drawn(statistic: Statistic, value: float, draws: NDArray[np.float64]) -> Dr
 def interval(draws: Draws, level: float = LEVEL) -> tuple[float, float] | None:
     """The ``level`` interval, or None where the resamples give none.
 
-    * A share takes the resamples' standard error on the logit scale: it stays in [0, 1] and in
-      simulated studies of 100 to 300 patients covered best of five constructions (percentile,
-      bias-corrected percentile, normal, Wilson with the design effect). A share of exactly 0 or
-      1 does not move under resampling; its interval is Wilson's for as many trials as patients.
+    * A share takes the resamples' standard error on the logit scale, with Student's quantile for
+      the patients that it rests on: it stays in [0, 1], and in simulated studies of 100 to 400
+      patients it held the truth more often than percentiles, plain or corrected for bias, and
+      than a normal interval. A share of exactly 0 or 1 does not move under resampling; its
+      interval is Wilson's for as many trials as patients.
     * A free value takes percentiles.
-    * A distance that noise can only raise is raised once more by resampling: percentiles
-      reflected at the value ("basic" interval, Davison & Hinkley 1997, section 5.2) undo that.
+    * A distance that noise can only raise is raised again by resampling; how far tells how far
+      the value itself is too high. Its upper end is normal about the corrected value. Its lower
+      end allows for (1 + sqrt 2) times that: where the true distance is 0, a value is the size of
+      one noise, a resample that of two, and they differ by (sqrt 2 - 1) noises.
 
     None where more than :data:`MOST_UNDEFINED` of the resamples are undefined, and where all of
     them agree without a count of patients to go by.
@@ -215,13 +253,22 @@ def interval(draws: Draws, level: float = LEVEL) -> tuple[float, float] | None:
         return None
     if draws.shape is Shape.SHARE and 0 < draws.value < 1:
         scale = error / (draws.value * (1 - draws.value))
-        reach = stats.norm.ppf((1 + level) / 2) * scale
+        reach = _quantile(draws.units, level) * scale
         centre = special.logit(draws.value)
         return float(special.expit(centre - reach)), float(special.expit(centre + reach))
-    low, high = (float(q) for q in np.quantile(known, [(1 - level) / 2, (1 + level) / 2]))
     if draws.shape is Shape.DISTANCE:
-        low, high = max(0.0, 2 * draws.value - high), max(draws.value, 2 * draws.value - low)
+        raised = max(0.0, float(known.mean()) - draws.value)
+        reach = _quantile(draws.units, level) * error
+        low = draws.value - (1 + np.sqrt(2)) * raised - reach
+        return max(0.0, float(low)), max(draws.value, draws.value - raised + reach)
+    low, high = (float(q) for q in np.quantile(known, [(1 - level) / 2, (1 + level) / 2]))
     return low, high
+
+
+def _quantile(units: int | None, level: float) -> float:
+    """Student's quantile with a degree of freedom less than patients, or the normal one."""
+    tail = (1 + level) / 2
+    return float(stats.norm.ppf(tail) if units is None else stats.t.ppf(tail, max(1, units - 1)))
 
 
 def figure(draws: Draws, source: str, level: float = LEVEL) -> Figure:

@@ -25,14 +25,22 @@ from fedmed.evaluation.bootstrap import (
 )
 from fedmed.evaluation.cases import Cases
 from fedmed.evaluation.disclosure import suppressed
-from fedmed.evaluation.estimates import EDGES, bin_members, ece, ratio, strata
+from fedmed.evaluation.estimates import (
+    EDGES,
+    bin_members,
+    columns,
+    ece,
+    mean,
+    share,
+    strata,
+)
 from fedmed.evaluation.evidence import Calibration, Figure, ReliabilityBin
 from fedmed.evaluation.records import Predictions
 from fedmed.types import TaskKind, TaskSpec
 
 RANGE: Final = (0.05, 20.0)
 """Temperatures that are considered."""
-PRIOR: Final = 0.5
+PRIOR: Final = 1.0
 """Standard deviation of log temperature before any case is seen.
 
 A few validation images that happen to be told apart perfectly would send the temperature to 0;
@@ -131,8 +139,8 @@ def _margins(predictions: Predictions, task: TaskSpec) -> list[NDArray[np.float6
     if task.kind is TaskKind.MULTICLASS:
         logits = _log(predictions.outputs)
         return [logits - np.take_along_axis(logits, truth[:, None], axis=1)]
-    logits = _logit(predictions.outputs).reshape(len(truth), -1)
-    wrong = np.where(truth.reshape(logits.shape) == 1, -logits, logits)
+    logits = columns(_logit(predictions.outputs))
+    wrong = np.where(columns(truth) == 1, -logits, logits)
     return [np.stack([np.zeros(len(column)), column], axis=1) for column in wrong.T]
 
 
@@ -217,7 +225,11 @@ def _judge(
         figures = {"ece": none, "brier": none}
         return Calibration(target, temperature, figures, figures, ())
     member = bin_members(after[0]) == 1
-    statistics = _errors("before", *before) | _errors("after", *after) | _curve(*after, member)
+    statistics = (
+        _errors("before", *before, test.patients)
+        | _errors("after", *after, test.patients)
+        | _curve(*after, member, test.patients)
+    )
     drawn = draw(
         statistics,
         test.patients,
@@ -250,12 +262,14 @@ _PARTS: Final = ("probability", "observed", "share")
 
 
 def _errors(
-    when: str, probabilities: NDArray[np.float64], positive: NDArray[np.bool_]
+    when: str,
+    probabilities: NDArray[np.float64],
+    positive: NDArray[np.bool_],
+    patients: NDArray[np.int64],
 ) -> dict[str, Statistic]:
-    squared = (probabilities - positive) ** 2
     return {
         f"{when}/ece": Statistic(ece(probabilities, positive), Shape.DISTANCE),
-        f"{when}/brier": Statistic(ratio(squared, np.ones(len(squared)))),
+        f"{when}/brier": mean((probabilities - positive) ** 2, patients, Shape.SHARE),
     }
 
 
@@ -263,15 +277,15 @@ def _curve(
     probabilities: NDArray[np.float64],
     positive: NDArray[np.bool_],
     member: NDArray[np.bool_],
+    patients: NDArray[np.int64],
 ) -> dict[str, Statistic]:
-    everyone = np.ones(len(positive))
     result = {}
     for k in np.flatnonzero(member.any(axis=0)):
         inside = member[:, k]
-        columns = (probabilities * inside, positive & inside, inside)
-        below = (inside, inside, everyone)
-        for part, above, under in zip(_PARTS, columns, below, strict=True):
-            result[f"{part}/{k}"] = Statistic(ratio(above, under), Shape.SHARE)
+        values = np.where(inside, probabilities, np.nan)
+        result[f"probability/{k}"] = mean(values, patients, Shape.SHARE)
+        result[f"observed/{k}"] = share(positive, inside, patients)
+        result[f"share/{k}"] = share(inside, np.ones_like(inside), patients)
     return result
 
 

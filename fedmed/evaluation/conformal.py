@@ -31,7 +31,7 @@ from fedmed.evaluation.bootstrap import (
 from fedmed.evaluation.cases import GRID, Cases
 from fedmed.evaluation.classification import THRESHOLD
 from fedmed.evaluation.disclosure import HIDDEN, MIN_CELL, suppressed
-from fedmed.evaluation.estimates import ratio, strata
+from fedmed.evaluation.estimates import columns, ratio, strata
 from fedmed.evaluation.evidence import Conformal, Figure
 from fedmed.evaluation.records import Predictions
 from fedmed.types import TaskKind, TaskSpec
@@ -157,11 +157,11 @@ def assess_conformal(
         raise ValueError(f"expected level={level} in (0, 1)")
     if task.kind is TaskKind.SEGMENTATION:
         threshold = map_threshold(val.measured().missed, val.patients, level)
-        columns = _maps(test, threshold)
+        judged = _maps(test, threshold)
     else:
         ours, theirs = calibrated or (test.answers(), val.answers())
         threshold = class_threshold(theirs, val.patients, task, level)
-        columns = _sets(ours, task, threshold)
+        judged = _sets(ours, task, threshold)
     few = suppressed(test.patients, test.sites, min_cell)
     names = np.array(test.sites)
     places = {POOLED: np.arange(len(test))} | {
@@ -170,7 +170,7 @@ def assess_conformal(
     small = {POOLED} if len(np.unique(test.patients)) < min_cell else set()
     statistics: dict[str, Statistic] = {}
     for place, rows in places.items():
-        made = _statistics({k: v[rows] for k, v in columns.items()}, test.patients[rows])
+        made = _statistics({k: v[rows] for k, v in judged.items()}, test.patients[rows])
         statistics |= among(made, rows, place)  # type: ignore[arg-type]
     drawn = draw(statistics, test.patients, resamples=resamples, seed=seed, strata=strata(test))
     parts = {
@@ -180,7 +180,7 @@ def assess_conformal(
             else figure(drawn[f"{place}/{metric}"], source)
             for place in places
         }
-        for metric in columns
+        for metric in judged
     }
     return Conformal(
         level=level,
@@ -212,16 +212,16 @@ def _maps(test: Cases, threshold: float) -> dict[str, NDArray[np.float64]]:
     }
 
 
-def _statistics(columns: dict[str, NDArray[np.float64]], patients: NDArray[np.int64]) -> Statistics:
+def _statistics(values: dict[str, NDArray[np.float64]], patients: NDArray[np.int64]) -> Statistics:
     """Means over patients of their images' mean."""
     result = {}
-    for name, values in columns.items():
-        known = ~np.isnan(values)
-        weights = np.zeros(len(values))
+    for name, column in values.items():
+        known = ~np.isnan(column)
+        weights = np.zeros(len(column))
         weights[known] = _equal(patients[known])
         shape = Shape.FREE if name == "set_size" else Shape.SHARE
         result[name] = Statistic(
-            ratio(np.where(known, values, 0) * weights, weights),
+            ratio(np.where(known, column, 0) * weights, weights),
             shape,
             len(np.unique(patients[known])),
         )
@@ -238,12 +238,12 @@ def _answers(probabilities: NDArray[Any], task: TaskSpec) -> NDArray[np.float64]
     p = probabilities.astype(np.float64)
     if task.kind is TaskKind.MULTICLASS:
         return p[:, None, :]
-    p = p.reshape(len(p), -1)
+    p = columns(p)
     return np.stack([1 - p, p], axis=2)
 
 
 def _true(predictions: Predictions, task: TaskSpec) -> NDArray[np.float64]:
     """Probability of the true answer to each question, ``[N, Q]``."""
-    truth = predictions.truth().reshape(len(predictions), -1)
+    truth = columns(predictions.truth())
     answers = _answers(predictions.outputs, task)
     return np.take_along_axis(answers, truth[:, :, None], axis=2)[:, :, 0]

@@ -145,6 +145,11 @@ def statistics(
             return _multilabel(raw, used, task.classes, cuts, cases.patients)
 
 
+def columns(values: NDArray[Any]) -> NDArray[Any]:
+    """One column a label: ``[N]`` becomes ``[N, 1]``, ``[N, K]`` stays."""
+    return values[:, None] if values.ndim == 1 else values
+
+
 def strata(cases: Cases) -> NDArray[np.int64]:
     """A number for each case's site: resamples keep every site's number of patients."""
     return np.unique(cases.sites, return_inverse=True)[1].reshape(-1).astype(np.int64)
@@ -155,16 +160,23 @@ def share(mask: Mask, among: Mask, patients: NDArray[np.int64]) -> Statistic:
     return Statistic(ratio(mask & among, among), Shape.SHARE, _count(patients[among]))
 
 
-def mean(values: NDArray[np.float64], shape: Shape = Shape.FREE) -> Statistic:
+def mean(
+    values: NDArray[np.float64], patients: NDArray[np.int64], shape: Shape = Shape.FREE
+) -> Statistic:
     """Mean of ``values`` ``[N]`` over the cases where it is not NaN."""
     known = ~np.isnan(values)
-    return Statistic(ratio(np.where(known, values, 0.0), known), shape)
+    return Statistic(ratio(np.where(known, values, 0.0), known), shape, _count(patients[known]))
 
 
 def ranking(scores: NDArray[Any], positive: Mask, patients: NDArray[np.int64]) -> Statistic:
     """AUROC. It rests on the patients of the rarer class: as many disjoint pairs can be made."""
     units = min(_count(patients[positive]), _count(patients[~positive]))
     return Statistic(auroc(scores, positive), Shape.SHARE, units)
+
+
+def _precision(scores: NDArray[Any], positive: Mask, patients: NDArray[np.int64]) -> Statistic:
+    """Average precision. It rests on the patients with the finding."""
+    return Statistic(average_precision(scores, positive), Shape.SHARE, _count(patients[positive]))
 
 
 def _binary(
@@ -179,13 +191,13 @@ def _binary(
     squared = (probabilities.astype(np.float64) - positive) ** 2
     return {
         "auroc": ranking(scores, positive, patients),
-        "average_precision": Statistic(average_precision(scores, positive), Shape.SHARE),
+        "average_precision": _precision(scores, positive, patients),
         "accuracy": share(called == positive, everyone, patients),
         "sensitivity": share(called, positive, patients),
         "specificity": share(~called, ~positive, patients),
         "ppv": share(positive, called, patients),
         "npv": share(~positive, ~called, patients),
-        "brier": Statistic(ratio(squared, everyone)),
+        "brier": mean(squared, patients, Shape.SHARE),
         "ece": Statistic(ece(probabilities, positive), Shape.DISTANCE),
     }
 
@@ -221,13 +233,11 @@ def _multilabel(
         name: _macro(name, classes)
         for name in ("auroc", "average_precision", "sensitivity", "specificity")
     }
-    result["accuracy"] = mean(right, Shape.SHARE)
+    result["accuracy"] = mean(right, patients, Shape.SHARE)
     for index, name in enumerate(classes):
         scores, present = raw.outputs[:, index], positive[:, index]
         result[f"auroc_{name}"] = ranking(scores, present, patients)
-        result[f"average_precision_{name}"] = Statistic(
-            average_precision(scores, present), Shape.SHARE
-        )
+        result[f"average_precision_{name}"] = _precision(scores, present, patients)
         result[f"sensitivity_{name}"] = share(called[:, index], present, patients)
         result[f"specificity_{name}"] = share(~called[:, index], ~present, patients)
     return result
@@ -246,7 +256,7 @@ def _segmentation(cases: Cases, classes: Sequence[str]) -> dict[str, Statistic |
     for metric, (values, shape) in columns.items():
         result[metric] = _macro(metric, classes, shape)
         for index, name in enumerate(classes):
-            result[f"{metric}_{name}"] = mean(values[:, index], shape)
+            result[f"{metric}_{name}"] = mean(values[:, index], cases.patients, shape)
     return result
 
 

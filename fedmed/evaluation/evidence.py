@@ -28,7 +28,7 @@ class SourceKind(StrEnum):
 class Verdict(StrEnum):
     """What may be said of a difference between groups."""
 
-    GAP = "gap"  # the adjusted interval excludes zero, against the group
+    GAP = "gap"  # the adjusted interval excludes zero and is not within the margin
     SIMILAR = "similar"  # the adjusted interval lies within the margin on both sides
     UNDECIDED = "undecided"  # neither: the data fit a gap as well as none
     INSUFFICIENT = "insufficient data"  # too few patients or cases to look

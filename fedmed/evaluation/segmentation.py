@@ -177,7 +177,7 @@ def doubt(
     Returns:
         ``missed`` ``[N, G]``, the share of the image's true structure voxels whose probability is
         below the threshold, NaN without a structure; ``included`` ``[N, G]``, the share of the
-        image's voxels whose probability reaches it.
+        image's voxels whose probability reaches it. Compared in float64.
     """
     missed = np.full((len(reference), len(GRID)), np.nan)
     included = np.empty_like(missed)

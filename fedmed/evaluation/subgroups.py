@@ -1,16 +1,16 @@
 """How groups of patients fare, and whether a difference between them can be told from chance.
 
 Each value of a column is set against all other patients, both under the same resamples. Many
-comparisons are made, so each must hold at the level of 5 % divided by their number (Bonferroni):
-one false alarm in twenty studies at most, however many columns there are. Ends of adjusted
-intervals lie further out than 2,000 resamples can show; they come from the resamples' standard
-error and Student's t with as many degrees of freedom as the smaller side has patients, less one.
+comparisons are made, so each is allowed an equal part of one false alarm in fifty studies
+(Bonferroni), however many columns there are. Ends of such intervals lie further out than 2,000
+resamples can show: they come from the resamples' standard error and Student's t, with as many
+degrees of freedom as Welch (1947) gives to the patients that both sides rest on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -29,13 +29,19 @@ from fedmed.evaluation.bootstrap import (
 )
 from fedmed.evaluation.cases import Cases
 from fedmed.evaluation.disclosure import HIDDEN, MIN_CELL, patient_band, suppressed
-from fedmed.evaluation.estimates import statistics, strata
+from fedmed.evaluation.estimates import columns, statistics, strata
 from fedmed.evaluation.evidence import LEVEL, Figure, Gap, Performance, Subgroups, Verdict
 from fedmed.evaluation.records import Predictions
 from fedmed.types import TaskKind, TaskSpec
 
 CLASSIFICATION: Final = ("auroc", "sensitivity", "specificity")
 SEGMENTATION: Final = ("dice",)
+FAMILY_ERROR: Final = 0.02
+"""Chance of any false alarm in a study without gaps.
+
+Below the usual 5 %: of a hundred studies without gaps five at most are to be flagged, not five on
+average.
+"""
 
 
 @dataclass(frozen=True)
@@ -97,14 +103,15 @@ def assess_subgroups(
         ValueError: no case, cases without truth, or of another kind of task.
     """
     demands = demands or Demands()
-    columns = []
+    bare = replace(cases, groups={})
+    judged = []
     for column, values in cases.groups.items():
         hidden = suppressed(cases.patients, values, demands.min_cell)
         groups = sorted({v for v in values if v is not None})
         member = np.array([groups.index(v) if v is not None else -1 for v in values], dtype=int)
         sides = {
             name: tuple(
-                _side(cases, np.flatnonzero(rows), task, thresholds, calibrated)
+                _side(bare, np.flatnonzero(rows), task, thresholds, calibrated)
                 for rows in (member == k, member != k)
             )
             for k, name in enumerate(groups)
@@ -115,10 +122,10 @@ def assess_subgroups(
             name: patient_band(len(np.unique(cases.patients[member == k])))
             for k, name in enumerate(groups)
         }
-        columns.append((column, bands, sides, drawn))
+        judged.append((column, bands, sides, drawn))
     compared = [
         gap
-        for _, _, sides, drawn in columns
+        for _, _, sides, drawn in judged
         for name in sides
         for metric in _headline(task)
         if (gap := drawn.get(f"gap {name}/{metric}")) is not None and _testable(gap)
@@ -142,7 +149,7 @@ def assess_subgroups(
                 for metric in _headline(task)
             ),
         )
-        for column, bands, sides, drawn in columns
+        for column, bands, sides, drawn in judged
     )
 
 
@@ -226,10 +233,9 @@ def _counts(cases: Cases, task: TaskSpec) -> list[int]:
     truth = cases.answers().truth()
     if task.kind is TaskKind.MULTICLASS:
         truth = truth[:, None] == np.arange(len(task.classes))
-    columns: Sequence[NDArray[np.bool_]] = (truth.reshape(len(truth), -1) == 1).T
     return [
         min(len(np.unique(cases.patients[mask])) for mask in (column, ~column))
-        for column in columns
+        for column in (columns(truth) == 1).T
     ]
 
 
@@ -267,9 +273,10 @@ def _gap(
         nothing = Figure(None, source, note=note)
         return Gap(metric, group, nothing, None, None, Verdict.INSUFFICIENT)
     value, error = gap.value, gap.error()
+    freedom = min(len(gap.draws), gap.units or patients) - 1
     plain, adjusted = (
-        error * float(stats.t.isf((1 - LEVEL) / 2 / tests, patients - 1))
-        for tests in (1, comparisons)
+        error * float(stats.t.isf(tail / 2, freedom))
+        for tail in (1 - LEVEL, FAMILY_ERROR / comparisons)
     )
     low, high = value - adjusted, value + adjusted
     if max(-low, high) <= demands.margin:

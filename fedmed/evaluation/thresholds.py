@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedmed.evaluation.bootstrap import RESAMPLES, Draws, Statistic, Weighted, draw, figure
 from fedmed.evaluation.cases import Cases
 from fedmed.evaluation.classification import THRESHOLD
+from fedmed.evaluation.estimates import columns
 from fedmed.evaluation.evidence import Figure, OperatingPoint
 from fedmed.evaluation.records import Predictions
 from fedmed.types import TaskKind, TaskSpec
@@ -50,7 +51,7 @@ def operating_points(
     truth = val.answers().truth()
     outputs = (calibrated or val.answers()).outputs
     names = task.classes[1:] if task.kind is TaskKind.BINARY else task.classes
-    outputs, truth = outputs.reshape(len(val), -1), truth.reshape(len(val), -1)
+    outputs, truth = columns(outputs), columns(truth)
     return tuple(
         _point(
             name,

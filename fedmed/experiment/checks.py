@@ -20,7 +20,7 @@ from fedmed.config.schema import Config
 from fedmed.data.augment import BatchAugment
 from fedmed.data.site import SiteData
 from fedmed.errors import CheckpointError, ConfigError
-from fedmed.experiment.plan import MODES, one_of, site_policy
+from fedmed.experiment.plan import MODES, evaluation_request, one_of, site_policy
 from fedmed.federation.strategies import STRATEGIES
 from fedmed.models.losses import make_loss
 from fedmed.privacy.dpsgd import GRADIENT_MODES
@@ -75,6 +75,7 @@ def check_settings(config: Config, task: TrainTask) -> None:
     make_loss(task.loss, task.task)
     BatchAugment(task.augment, task.task.dims)
     site_policy(config)
+    evaluation_request(config)
     check_devices(config.trainer.device, config.trainer.devices)
     if federation.backend == "ray":
         if config.trainer.devices > 1:

@@ -6,7 +6,6 @@ and ``evidence.json`` (:class:`fedmed.evaluation.evidence.Evidence`), written la
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from fedmed import __version__
-from fedmed.codec import decode, plain
+from fedmed.data.files import sha256_file
 from fedmed.errors import CheckpointError, ConfigError, DataError
 from fedmed.evaluation.answers import answer
 from fedmed.evaluation.assess import assess
@@ -24,24 +23,21 @@ from fedmed.evaluation.disclosure import patient_band
 from fedmed.evaluation.evidence import (
     FORMAT,
     Evidence,
-    Figure,
     Guarantee,
     Performance,
     RunFacts,
     Source,
     SourceKind,
 )
-from fedmed.experiment.finished import FinishedRun
+from fedmed.evaluation.evidencefile import EVIDENCE, FOLDER, read_evidence, write_evidence
+from fedmed.experiment.finished import MODEL, FinishedRun
 from fedmed.experiment.rivals import Rivals
-from fedmed.federation.files import write_atomic
 from fedmed.federation.policy import public_size
-from fedmed.report.wording import headline
+from fedmed.federation.told import read_evaluation, told_evidence
 from fedmed.types import PrivacyUnit, Split, TaskKind
 
-FOLDER: Final = "evidence"
-EVIDENCE: Final = "evidence.json"
-TEST_CASES: Final = "cases-test.jsonl"
-VAL_CASES: Final = "cases-val.jsonl"
+TEST_CASES: Final = f"{FOLDER}/cases-test.jsonl"
+VAL_CASES: Final = f"{FOLDER}/cases-val.jsonl"
 DATA: Final = "test images"
 """Key of the source of every figure that is computed from test images."""
 _ROUNDING: Final = 2e-3  # of a figure that another device or batch size computed again
@@ -79,32 +75,10 @@ class EvidenceOptions:
             raise ConfigError(f"expected --min-cell={self.min_cell} >= 1")
 
 
-def evidence_path(folder: Path) -> Path:
-    """Where a run's evidence lies."""
-    return folder / FOLDER / EVIDENCE
-
-
-def read_evidence(folder: Path) -> Evidence:
-    """The evidence of a run.
-
-    Raises:
-        DataError: there is none, or it is broken.
-    """
-    path = evidence_path(folder)
-    try:
-        return decode(Evidence, path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist", f"run `fedmed evaluate {folder}`") from error
-    except (OSError, ConfigError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read", f"run `fedmed evaluate {folder}`") from error
-
-
 def ensure_evidence(folder: Path) -> Evidence:
     """The evidence of a run, made first if there is none for its present weights."""
-    from fedmed.data.files import sha256_file
-
-    model = folder / "model.safetensors"
-    if evidence_path(folder).exists():
+    model = folder / MODEL
+    if (folder / EVIDENCE).exists():
         found = read_evidence(folder)
         if not model.exists() or found.model_sha256 == sha256_file(model):
             return found
@@ -121,7 +95,10 @@ def make_evidence(folder: Path, options: EvidenceOptions) -> Evidence:
     run = FinishedRun.open(folder, options.device)
     source = data_source(run, options.published)
     if source.kind is SourceKind.WITHHELD:
-        evidence = _withheld(run, source, options)
+        evidence = told_evidence(
+            _facts(run), read_evaluation(folder), source, model_sha256=run.model_sha256,
+            training_patients=_training_patients(run), limits=_limits(run, None),
+        )  # fmt: skip
         _write(run.folder, evidence, {})
         return evidence
     test = _cases(run, Split.TEST, options.columns)
@@ -132,7 +109,7 @@ def make_evidence(folder: Path, options: EvidenceOptions) -> Evidence:
         test, val, run.task.task, source=DATA, resamples=options.resamples, seed=options.seed,
         min_cell=options.min_cell,
     )  # fmt: skip
-    metric = headline({m: f.value for m, f in found.pooled.figures.items()}) or "accuracy"
+    metric = _headline(run)
     _check_unchanged(run, metric, found.pooled)
     shown = [site.name for site in found.sites if site.figures]
     rivals = Rivals(
@@ -184,8 +161,9 @@ def data_source(run: FinishedRun, published: str | None) -> Source:
         )
     return Source(
         SourceKind.WITHHELD,
-        "The run has differential privacy and its images are private: figures computed from "
-        "them would leave without protection.",
+        "Not shown: the run has differential privacy and its images are private, so that figures "
+        "of them need noise that is paid for (evaluation.figures=true, "
+        "evaluation.target_epsilon, site.metrics=noisy).",
     )
 
 
@@ -193,6 +171,10 @@ def _cases(run: FinishedRun, split: Split, columns: Sequence[str] | None) -> Cas
     hospitals = {hospital.name: hospital for hospital in run.hospitals}
     parts = ((site, network, hospitals[site].split(split)) for site, network in run.networks())
     return answer(parts, run.task.task, run.task.loss, columns=columns)
+
+
+def _headline(run: FinishedRun) -> str:
+    return "dice" if run.task.task.kind is TaskKind.SEGMENTATION else "auroc"
 
 
 def _facts(run: FinishedRun) -> RunFacts:
@@ -258,26 +240,6 @@ def _limits(run: FinishedRun, val: Cases | None) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _withheld(run: FinishedRun, source: Source, options: EvidenceOptions) -> Evidence:
-    note = "withheld: private images, differential privacy"
-    figures = {"auroc": Figure(None, DATA, note=note)}
-    if run.task.task.kind is TaskKind.SEGMENTATION:
-        figures = {"dice": Figure(None, DATA, note=note)}
-    return Evidence(
-        format=FORMAT,
-        run=_facts(run),
-        sources={DATA: source},
-        training_patients=_training_patients(run),
-        metric=next(iter(figures)),
-        resamples=0,
-        seed=options.seed,
-        pooled=Performance("pooled", "withheld", figures, note),
-        sites=(),
-        model_sha256=run.model_sha256,
-        limits=_limits(run, None),
-    )
-
-
 def _check_unchanged(run: FinishedRun, metric: str, pooled: Performance) -> None:
     """The images must be those that the run's own summary was made of.
 
@@ -285,9 +247,9 @@ def _check_unchanged(run: FinishedRun, metric: str, pooled: Performance) -> None
         DataError: the headline figure differs from the run's.
     """
     theirs = run.summary.pooled.get(metric)
-    ours = pooled.figures[metric].value
-    if theirs is None or ours is None or metric == "accuracy":
-        return  # accuracy is at another threshold here
+    ours = pooled.figures[metric].value if metric in pooled.figures else None
+    if theirs is None or ours is None:
+        return
     if abs(theirs - ours) > _ROUNDING:
         raise DataError(
             f"{metric} of the test images is {ours:.4f}, the run's summary.json says "
@@ -296,17 +258,16 @@ def _check_unchanged(run: FinishedRun, metric: str, pooled: Performance) -> None
         )
 
 
-def _write(folder: Path, evidence: Evidence, cases: Mapping[str, Cases]) -> None:
-    """Cases first: evidence that is there has its cases."""
-    target = folder / FOLDER
+def _write(run: Path, evidence: Evidence, cases: Mapping[str, Cases]) -> None:
+    """Cases first: evidence that is there has its cases, and no others."""
     try:
-        target.mkdir(exist_ok=True)
-        (target / EVIDENCE).unlink(missing_ok=True)
+        (run / FOLDER).mkdir(exist_ok=True)
+        for name in (EVIDENCE, TEST_CASES, VAL_CASES):
+            (run / name).unlink(missing_ok=True)
         for name, found in cases.items():
-            write_cases(target / name, found)
+            write_cases(run / name, found)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {target}: {error.strerror}", "free space there"
+            f"cannot write {run / FOLDER}: {error.strerror}", "free space there"
         ) from error
-    text = json.dumps(plain(evidence), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(target / EVIDENCE, f"{text}\n".encode())
+    write_evidence(run, evidence)

@@ -13,15 +13,19 @@ from fedmed.config.schema import Config
 from fedmed.data.spec import PartitionSpec, PrepSpec
 from fedmed.errors import ConfigError
 from fedmed.federation.policy import SitePolicy
+from fedmed.federation.summary_table import grid_of
 from fedmed.models.losses import default_loss
 from fedmed.types import (
     AugmentSpec,
+    Disclosure,
     DPRequest,
+    EvaluationRequest,
     ModelSpec,
     OptimizerSpec,
     PackedArrays,
     PrivacyUnit,
     Scalar,
+    Split,
     TaskKind,
     TaskSpec,
     TrainerSpec,
@@ -91,7 +95,41 @@ def site_policy(config: Config) -> SitePolicy:
         ),
         accountant=site.accountant,
         cohort_size=site.cohort_size,
+        metrics=Disclosure(one_of("site.metrics", site.metrics, tuple(Disclosure))),
+        min_cell=site.min_cell,
     )
+
+
+def evaluation_request(config: Config) -> EvaluationRequest | None:
+    """Which figures are asked for after the last round.
+
+    Raises:
+        ConfigError: a value is out of range; names the key.
+    """
+    asked = config.evaluation
+    if not asked.figures:
+        return None
+    bins, span = (32768, 16.0) if asked.target_epsilon is None else (32, 4.0)
+    request = EvaluationRequest(
+        splits=tuple(Split(one_of("evaluation.splits", s, tuple(Split))) for s in asked.splits),
+        target_epsilon=asked.target_epsilon,
+        bins=bins if asked.bins is None else asked.bins,
+        span=span if asked.span is None else asked.span,
+        max_images_per_unit=asked.max_images_per_unit,
+        delta=config.privacy.delta,
+    )
+    grid_of(request)
+    for key, value, only in (
+        ("mode", config.mode, "federated"),
+        ("privacy.unit", config.privacy.unit, "patient"),
+    ):
+        if value != only:
+            raise ConfigError(
+                f"evaluation.figures=true with {key}={value}: figures are those of a federation, "
+                "accounted per patient",
+                f"use {key}={only}, or evaluation.figures=false",
+            )
+    return request
 
 
 def dp_request(config: Config) -> DPRequest | None:

@@ -25,7 +25,7 @@ from fedmed.experiment.checks import (
     check_writable,
 )
 from fedmed.experiment.outcome import Finished, Outcome, conclude
-from fedmed.experiment.plan import absolute_paths, pooled_batch, train_task
+from fedmed.experiment.plan import absolute_paths, evaluation_request, pooled_batch, train_task
 from fedmed.experiment.sites import (
     Leg,
     handler_of,
@@ -35,6 +35,7 @@ from fedmed.experiment.sites import (
 )
 from fedmed.experiment.watch import Judge, Watcher, Watchers
 from fedmed.federation.coordinator import Coordinator, RunPlan, SiteSlot
+from fedmed.federation.evaluation_file import write_evaluation
 from fedmed.federation.files import write_atomic
 from fedmed.federation.flower import RUN_ID
 from fedmed.federation.server_app import run_server_app
@@ -171,7 +172,12 @@ class Experiment:
             try:
                 return run_server_app(
                     lambda grid: Coordinator(
-                        grid, self._strategy(), start.plan, start.checkpoints, [watcher]
+                        grid,
+                        self._strategy(),
+                        start.plan,
+                        start.checkpoints,
+                        [watcher],
+                        functools.partial(write_evaluation, leg.folder),
                     ),
                     grid,
                     lambda: start.state,
@@ -199,6 +205,7 @@ class Experiment:
             deadline=federation.round_deadline,
             max_update_norm=federation.max_update_norm,
             ema_decay=federation.ema_decay,
+            evaluation=evaluation_request(self._config),
         )
 
     def _strategy(self) -> Strategy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from fedmed.errors import BudgetExhausted, PolicyRefused
 from fedmed.federation.policy import SitePolicy
@@ -20,6 +21,18 @@ class Account:
 
     ledger: Ledger
     cohort: str
+
+
+class Work(Protocol):
+    """What is charged: training, or the sums that figures come from."""
+
+    @property
+    def run_id(self) -> str:
+        """The run."""
+
+    @property
+    def round(self) -> int:
+        """The round."""
 
 
 class Accounts:
@@ -50,14 +63,9 @@ class Accounts:
             BudgetExhausted: what was spent and all remaining steps pass the limit.
         """
         unit = task.dp.unit if task.dp else PrivacyUnit.PATIENT
+        if spec is not None:
+            self.check_unit(unit)
         for account in self._accounts:
-            other = PrivacyUnit.IMAGE if unit is PrivacyUnit.PATIENT else PrivacyUnit.PATIENT
-            if spec is not None and account.ledger.spent(account.cohort, other):
-                raise PolicyRefused(
-                    "unit-mixed",
-                    f"the cohort is accounted by {other}, the task asks for {unit}",
-                    f"use privacy.unit={other}, or another cohort",
-                )
             if spec is None or math.isinf(self._policy.max_epsilon):
                 continue
             spent = account.ledger.spent(account.cohort, unit)
@@ -76,8 +84,23 @@ class Accounts:
                     "site.max_epsilon",
                 )
 
+    def check_unit(self, unit: PrivacyUnit) -> None:
+        """Refuse a unit where the cohort was charged under the other one.
+
+        Raises:
+            PolicyRefused: it was.
+        """
+        other = PrivacyUnit.IMAGE if unit is PrivacyUnit.PATIENT else PrivacyUnit.PATIENT
+        for account in self._accounts:
+            if account.ledger.spent(account.cohort, other):
+                raise PolicyRefused(
+                    "unit-mixed",
+                    f"the cohort is accounted by {other}, the task asks for {unit}",
+                    f"use privacy.unit={other}, or another cohort",
+                )
+
     def reserve(
-        self, task: TrainTask, spec: DPSpec | None, delta: float, task_hash: str
+        self, task: Work, spec: DPSpec | None, delta: float, task_hash: str
     ) -> tuple[Charge, ...]:
         """Charge one round to every cohort; durable before this returns.
 

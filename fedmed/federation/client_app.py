@@ -9,7 +9,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedmed.errors import PolicyRefused
-from fedmed.federation.messages import answer, read_task, refuse, round_of
+from fedmed.federation.messages import (
+    answer,
+    answer_figures,
+    read_evaluate_task,
+    read_task,
+    refuse,
+    round_of,
+)
 from fedmed.federation.site_agent import SiteAgent
 from fedmed.types import Refusal
 
@@ -41,6 +48,13 @@ def make_client_app(agent_of: Callable[[Context], SiteAgent]) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         def act(agent: SiteAgent) -> Message:
             return answer(message, agent.train(read_task(message)))
+
+        return guarded(context, message, act)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        def act(agent: SiteAgent) -> Message:
+            return answer_figures(message, agent.evaluate(read_evaluate_task(message)))
 
         return guarded(context, message, act)
 

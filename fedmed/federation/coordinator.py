@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -22,10 +22,18 @@ from flwr.serverapp.strategy import Strategy
 from fedmed.errors import FedmedError, QuorumNotMet
 from fedmed.federation import messages
 from fedmed.federation.aggregation import Aggregation, make_aggregation
+from fedmed.federation.evaluation_round import EvaluationReport, ask_sites
 from fedmed.federation.state import Checkpoints, ServerState
 from fedmed.federation.strategies.state import load_state, save_state
 from fedmed.federation.validation import check_update
-from fedmed.types import ClientUpdate, PackedArrays, Refusal, TrainTask
+from fedmed.types import (
+    ClientUpdate,
+    EvaluateTask,
+    EvaluationRequest,
+    PackedArrays,
+    Refusal,
+    TrainTask,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class RunPlan:
         deadline: seconds a round may take.
         max_update_norm: most an update may move the weights, or None.
         ema_decay: decay of the moving average of the global weights, 0 for none.
+        evaluation: figures to ask for after the last round, or None.
     """
 
     task: TrainTask
@@ -56,6 +65,7 @@ class RunPlan:
     deadline: float
     max_update_norm: float | None = None
     ema_decay: float = 0.0
+    evaluation: EvaluationRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class Coordinator:
         plan: what to do.
         checkpoints: where each round's state goes.
         observers: told of each round.
+        evaluated: told of the figures' sums, if the plan asks for any.
     """
 
     def __init__(
@@ -113,12 +124,14 @@ class Coordinator:
         plan: RunPlan,
         checkpoints: Checkpoints,
         observers: Sequence[Observer] = (),
+        evaluated: Callable[[EvaluationReport], object] = lambda _: None,
     ) -> None:
         self._grid = grid
         self._strategy = strategy
         self._plan = plan
         self._checkpoints = checkpoints
         self._observers = observers
+        self._evaluated = evaluated
         self._sites = {s.node_id: s for s in plan.sites}
 
     def run(self, state: ServerState) -> ServerState:
@@ -137,7 +150,23 @@ class Coordinator:
             for observer in self._observers:
                 observer.round_done(state, report)
             self._checkpoints.save(state)
+        if self._plan.evaluation is not None:
+            self._evaluated(self._evaluate(state, self._plan.evaluation))
         return state
+
+    def _evaluate(self, state: ServerState, request: EvaluationRequest) -> EvaluationReport:
+        """Ask for figures of the released weights.
+
+        Asked again after a restart, sites answer with what they told before.
+        """
+        training = replace(self._plan.task, round=self._plan.task.rounds, arrays=state.released)
+        return ask_sites(
+            self._grid,
+            EvaluateTask(training, request),
+            {node: slot.name for node, slot in self._sites.items()},
+            least=self._plan.min_sites,
+            deadline=self._plan.deadline,
+        )
 
     def _round(self, state: ServerState) -> tuple[ServerState, RoundReport]:
         started = time.perf_counter()

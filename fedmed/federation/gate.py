@@ -7,11 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from fedmed.errors import CheckpointError, PolicyRefused
 from fedmed.federation.files import write_atomic
 from fedmed.federation.study import StudyPlan, difference
+from fedmed.federation.summary_table import BUFFER
 from fedmed.federation.validation import distance, fingerprint, squared_norm
-from fedmed.types import ClientUpdate, DPSpec, TrainTask
+from fedmed.privacy.sums import is_sum
+from fedmed.types import (
+    ClientUpdate,
+    DPSpec,
+    EvaluateTask,
+    EvaluationRequest,
+    EvaluationUpdate,
+    PrivacyUnit,
+    TaskKind,
+    TrainTask,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,6 @@ class Gate:
         plan: the plan that the hospital approved.
         progress: what was asked before.
         paused: reason why nothing may be done now (pause switch, daily window), or None.
-        metrics: figures that the hospital releases.
     """
 
     def __init__(
@@ -59,14 +71,12 @@ class Gate:
         plan: StudyPlan,
         progress: Progress,
         paused: Callable[[], str | None] = lambda: None,
-        metrics: tuple[str, ...] = (),
     ) -> None:
         self._plan = plan
         self._progress = progress
         self._paused = paused
-        self._metrics = metrics
 
-    def enter(self, task: TrainTask) -> None:
+    def enter(self, task: TrainTask | EvaluateTask) -> None:
         """Let a task in.
 
         Raises:
@@ -75,16 +85,16 @@ class Gate:
         reason = self._paused()
         if reason is not None:
             raise PolicyRefused("paused", reason, "the hospital's staff decide when it goes on")
-        found = difference(self._plan, task)
+        training = task.training if isinstance(task, EvaluateTask) else task
+        found = difference(self._plan, training)
         if found is not None:
             code, what = found
             raise PolicyRefused(code, what, "ask for what the approved plan says")
-        withheld = sorted(set(self._plan.metrics) - set(self._metrics))
-        if withheld:
+        if isinstance(task, EvaluateTask) and task.request != self._plan.evaluation:
             raise PolicyRefused(
-                "metrics-withheld",
-                f"the hospital releases no {', '.join(withheld)}",
-                "take it out of the plan, or have the hospital's policy name it",
+                "figures-differ",
+                "other figures are asked for than planned",
+                "ask for what the approved plan says",
             )
         tasks = self._progress.last_tasks()
         if task.run_id not in tasks and len(tasks) >= self._plan.runs:
@@ -111,13 +121,43 @@ class Gate:
         if task.round > last:
             self._progress.note(task.run_id, task.round, asked)
 
-    def leave(self, task: TrainTask, update: ClientUpdate) -> None:
-        """Let an update out: the plan's names, shapes and dtypes, finite, within its norm, and
-        said to be what was asked and made as planned.
+    def leave(
+        self, task: TrainTask | EvaluateTask, update: ClientUpdate | EvaluationUpdate
+    ) -> None:
+        """Let an answer out, as the plan says it may look and be made.
 
         Raises:
             PolicyRefused: something else would leave.
         """
+        if isinstance(update, EvaluationUpdate):
+            self._leave_sums(update)
+        else:
+            self._leave_update(task, update)
+        if (update.run_id, update.round) != (task.run_id, task.round):
+            raise PolicyRefused("egress-facts", "the answer says that it is of another round")
+
+    def _leave_sums(self, update: EvaluationUpdate) -> None:
+        """The plan's splits, shapes and type, no count below the floor, noised as planned."""
+        table, request = self._plan.summaries, self._plan.evaluation
+        arrays = update.arrays
+        if request is None or arrays.table != table or set(arrays.buffers) != {BUFFER}:
+            raise PolicyRefused("egress-tensors", "the answer holds other sums than the plan")
+        sums = arrays.buffers[BUFFER]
+        if sums.dtype != np.int64:
+            raise PolicyRefused("egress-dtype", "the answer holds other types than the plan")
+        if sums.shape != (sum(math.prod(e.shape) for e in table),):
+            raise PolicyRefused("egress-bytes", "the answer has another size than the plan")
+        counts = sums[sums != 0].astype(np.int64)
+        floor = 0 if self._plan.task.kind is TaskKind.SEGMENTATION else update.min_cell
+        if counts.size and counts.min() < floor:
+            raise PolicyRefused("egress-cell", "the answer holds a count below the floor")
+        if not _summed_as_planned(request, update.released):
+            raise PolicyRefused(
+                "egress-mechanism", "the sums were not made by the plan's mechanism"
+            )
+
+    def _leave_update(self, task: TrainTask | EvaluateTask, update: ClientUpdate) -> None:
+        """The plan's names, shapes and dtypes, finite, within its norm, made as planned."""
         arrays = update.arrays
         planned = self._plan.lengths
         if arrays.table != self._plan.tensors or set(arrays.buffers) != set(planned):
@@ -136,8 +176,6 @@ class Gate:
                 f"{self._plan.max_update_norm:g}",
                 "lower optimizer.lr, or have another bound approved",
             )
-        if (update.run_id, update.round) != (task.run_id, task.round):
-            raise PolicyRefused("egress-facts", "the update says that it is of another round")
         if not self._made_as_planned(update.released):
             raise PolicyRefused(
                 "egress-mechanism", "the update was not made by the plan's mechanism"
@@ -156,3 +194,16 @@ class Gate:
             gradients=dp.gradients,
             steps=self._plan.trainer.local_steps,
         )
+
+
+def _summed_as_planned(request: EvaluationRequest, released: DPSpec | None) -> bool:
+    """Noise and delta are the site's; the rest is the plan's."""
+    if request.target_epsilon is None or released is None:
+        return request.target_epsilon is None and released is None
+    return is_sum(released) and released == replace(
+        released,
+        unit=PrivacyUnit.PATIENT,
+        sample_rate=1.0,
+        steps=1,
+        max_images_per_unit=request.max_images_per_unit,
+    )

@@ -1,8 +1,9 @@
 """Flower messages to fedmed's records and back: the only file that knows the record keys.
 
 A train message carries ``arrays`` (one flat array a kind and dtype) and ``config`` (the task
-and the table as JSON). An answer carries ``arrays`` and ``config`` with the update's public
-facts, or ``config`` with a refusal. Everything is decoded by declared type
+and the table as JSON); an evaluate message also says in ``config`` which sums are asked for. An
+answer carries ``arrays`` and ``config`` with the update's or the sums' public facts, or
+``config`` with a refusal. Everything is decoded by declared type
 (:mod:`fedmed.codec`); nothing in a message can name code.
 """
 
@@ -25,6 +26,9 @@ from fedmed.errors import ConfigError, UpdateRejected
 from fedmed.types import (
     ClientUpdate,
     DPSpec,
+    EvaluateTask,
+    EvaluationRequest,
+    EvaluationUpdate,
     PackedArrays,
     Refusal,
     TensorEntry,
@@ -37,6 +41,7 @@ METRICS = "metrics"
 TASK = "task"
 TABLE = "table"
 UPDATE = "update"
+EVALUATION = "evaluation"
 REFUSAL = "refusal"
 WEIGHT = "num-examples"  # what Flower's strategies weigh by
 _ROUND = "server-round"  # put there by Flower's strategies
@@ -201,21 +206,61 @@ def read_task(message: Message) -> TrainTask:
         ConfigError: a field is unknown, missing or ill-typed.
         UpdateRejected: the arrays do not fit their table.
     """
+    return _read_task(message, _TASK_KEYS)
+
+
+def evaluate_content(task: EvaluateTask) -> RecordDict:
+    """The records of a message that asks for figures."""
+    training = task.training
+    skip = frozenset({"arrays", "round", "proximal_mu"})
+    config = ConfigRecord(
+        {
+            TASK: encode(training, skip=skip),
+            TABLE: encode_table(training.arrays.table),
+            EVALUATION: encode(task.request),
+            _ROUND: task.round,
+            _PROXIMAL: training.proximal_mu,
+        }
+    )
+    return RecordDict({ARRAYS: to_array_record(training.arrays), CONFIG: config})
+
+
+def asks_for_figures(content: RecordDict) -> bool:
+    """Whether a request's records ask for figures, not for training."""
+    return EVALUATION in content.config_records.get(CONFIG, ConfigRecord())
+
+
+def read_evaluate_task(message: Message) -> EvaluateTask:
+    """What a message asks for that wants figures.
+
+    Raises:
+        ConfigError, UpdateRejected: as :func:`read_task`.
+    """
+    training = _read_task(message, _TASK_KEYS | {EVALUATION}, last=True)
+    request = decode(EvaluationRequest, _text(_config(message), EVALUATION))
+    return EvaluateTask(training, request)
+
+
+def _read_task(message: Message, keys: frozenset[str], *, last: bool = False) -> TrainTask:
+    """The training task in a message; ``last`` takes the round after it for its plan's last."""
     config = _config(message)
-    if set(message.content) != {ARRAYS, CONFIG} or not set(config) <= _TASK_KEYS:
+    if set(message.content) != {ARRAYS, CONFIG} or not set(config) <= keys:
         raise UpdateRejected("the message holds other records or keys than a task's")
     table = decode_table(_text(config, TABLE))
     round_ = config.get(_ROUND)
     mu = config.get(_PROXIMAL, 0.0)
     if type(round_) is not int or round_ < 1 or not isinstance(mu, float | int) or mu < 0:
         raise ConfigError("the message's round or proximal mu is out of range")
-    return decode(
+    task = decode(
         TrainTask,
         _text(config, TASK),
         arrays=to_packed(_arrays(message), table),
-        round=round_,
+        round=round_ - 1 if last else round_,
         proximal_mu=float(mu),
     )
+    if last and task.round != task.rounds:
+        raise ConfigError("figures are asked for before the last round")
+    return task
 
 
 def round_of(message: Message) -> int:
@@ -231,6 +276,17 @@ def answer(message: Message, update: ClientUpdate) -> Message:
             ARRAYS: to_array_record(update.arrays),
             METRICS: MetricRecord({WEIGHT: 1.0}),
             CONFIG: ConfigRecord({UPDATE: encode(update, skip=frozenset({"arrays"}))}),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def answer_figures(message: Message, update: EvaluationUpdate) -> Message:
+    """Reply with the sums that figures are made of."""
+    content = RecordDict(
+        {
+            ARRAYS: to_array_record(update.arrays),
+            CONFIG: ConfigRecord({EVALUATION: encode(update, skip=frozenset({"arrays"}))}),
         }
     )
     return Message(content, reply_to=message)
@@ -275,6 +331,32 @@ def read_answer(message: Message, table: tuple[TensorEntry, ...]) -> ClientUpdat
         return decode(Refusal, _text(config, REFUSAL))
     facts = decode(_UpdateFacts, _text(config, UPDATE))
     return ClientUpdate(arrays=to_packed(_arrays(message), table), **vars(facts))
+
+
+@dataclass(frozen=True)
+class _FigureFacts:
+    """What travels beside the sums."""
+
+    run_id: str
+    round: int
+    site: str
+    released: DPSpec | None
+    min_cell: int
+    charge: int
+    epsilon: float | None
+
+
+def read_figures(message: Message, table: tuple[TensorEntry, ...]) -> EvaluationUpdate | Refusal:
+    """Sums or refusal of a reply.
+
+    Raises:
+        ConfigError, UpdateRejected: the reply is malformed.
+    """
+    config = _config(message)
+    if REFUSAL in config:
+        return decode(Refusal, _text(config, REFUSAL))
+    facts = decode(_FigureFacts, _text(config, EVALUATION))
+    return EvaluationUpdate(arrays=to_packed(_arrays(message), table), **vars(facts))
 
 
 def for_strategy(

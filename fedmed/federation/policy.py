@@ -8,9 +8,18 @@ from dataclasses import dataclass
 
 from fedmed.errors import ConfigError, PolicyRefused
 from fedmed.privacy.accountant import calibrate, default_delta
-from fedmed.types import DPRequest, DPSpec, PrivacyUnit, TrainTask
+from fedmed.privacy.sums import sum_mechanism
+from fedmed.types import (
+    Disclosure,
+    DPRequest,
+    DPSpec,
+    EvaluateTask,
+    PrivacyUnit,
+    TrainTask,
+)
 
 _calibrate = functools.lru_cache(maxsize=256)(calibrate)
+_sums = functools.lru_cache(maxsize=64)(sum_mechanism)
 
 
 def public_size(units: int) -> int:
@@ -37,6 +46,8 @@ class SitePolicy:
         accountant: ``rdp`` or ``prv``; used for calibration and for the ledger alike.
         cohort_size: the cohort's public size as the hospital declares it, or None for the
             number of units at first use, rounded down to tens.
+        metrics: what may be told of the trained network's worth here.
+        min_cell: fewest patients that a told count may be about.
     """
 
     max_epsilon: float
@@ -47,6 +58,8 @@ class SitePolicy:
     allowed_units: tuple[PrivacyUnit, ...] = (PrivacyUnit.PATIENT, PrivacyUnit.IMAGE)
     accountant: str = "rdp"
     cohort_size: int | None = None
+    metrics: Disclosure = Disclosure.WITHHOLD
+    min_cell: int = 10
 
     def __post_init__(self) -> None:
         if math.isnan(self.max_epsilon) or self.max_epsilon <= 0:
@@ -63,6 +76,15 @@ class SitePolicy:
             raise ConfigError(f"expected site.max_local_steps={self.max_local_steps} >= 1")
         if self.accountant not in ("rdp", "prv"):
             raise ConfigError(f"site.accountant={self.accountant!r} is unknown", "use rdp or prv")
+        if self.min_cell < 1:
+            raise ConfigError(f"expected site.min_cell={self.min_cell} >= 1")
+        if self.metrics is Disclosure.EXACT and math.isfinite(self.max_epsilon):
+            raise ConfigError(
+                f"site.metrics=exact tells figures without noise, site.max_epsilon="
+                f"{self.max_epsilon:g} allows none",
+                "use noisy or withhold; exact needs the hospital's word that privacy may be "
+                "left out (an infinite max_epsilon)",
+            )
 
     def delta_for(self, size: int, asked: float | None = None) -> float:
         """δ in force: the smaller of the site's own and what the task asks."""
@@ -81,12 +103,7 @@ class SitePolicy:
         Raises:
             PolicyRefused: with a reason code.
         """
-        if self.allowed_models is not None and task.model.name not in self.allowed_models:
-            raise PolicyRefused(
-                "model-not-allowed",
-                f"model {task.model.name!r} is not on the site's list",
-                "add it to site.allowed_models or train another one",
-            )
+        self._check_model(task)
         steps = task.trainer.local_steps
         if self.max_local_steps is not None and steps > self.max_local_steps:
             raise PolicyRefused(
@@ -104,6 +121,56 @@ class SitePolicy:
                 )
             return None
         return self._mechanism(task, task.dp, size)
+
+    def admit_evaluation(self, task: EvaluateTask, size: int) -> DPSpec | None:
+        """The mechanism that a trained network's figures are told with.
+
+        Args:
+            size: the cohort's declared public size, in patients.
+
+        Returns:
+            None if they are asked for without noise and the hospital allows that.
+
+        Raises:
+            PolicyRefused: with a reason code.
+        """
+        self._check_model(task.training)
+        request = task.request
+        if self.metrics is Disclosure.WITHHOLD:
+            raise PolicyRefused(
+                "metrics-withheld",
+                "the hospital tells no figures",
+                "take them out of the plan, or have the hospital's rules allow them",
+            )
+        if request.target_epsilon is None:
+            if self.metrics is not Disclosure.EXACT:
+                raise PolicyRefused(
+                    "noise-required",
+                    "figures are asked for without noise, the hospital tells noisy ones",
+                    "ask with evaluation.target_epsilon",
+                )
+            return None
+        if PrivacyUnit.PATIENT not in self.allowed_units:
+            raise PolicyRefused(
+                "unit-not-allowed",
+                "figures are accounted per patient, which is not allowed here",
+                "add patient to the site's allowed units",
+            )
+        return _sums(
+            request.target_epsilon,
+            self.delta_for(size, request.delta),
+            request.max_images_per_unit,
+            min_noise_multiplier=self.min_noise_multiplier,
+            accountant=self.accountant,
+        )
+
+    def _check_model(self, task: TrainTask) -> None:
+        if self.allowed_models is not None and task.model.name not in self.allowed_models:
+            raise PolicyRefused(
+                "model-not-allowed",
+                f"model {task.model.name!r} is not on the site's list",
+                "add it to site.allowed_models or train another one",
+            )
 
     def _mechanism(self, task: TrainTask, request: DPRequest, size: int) -> DPSpec:
         if request.unit not in self.allowed_units:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -10,10 +12,22 @@ from fedmed.errors import FedmedError, PolicyRefused
 from fedmed.federation.accounts import Accounts
 from fedmed.federation.policy import SitePolicy, public_size
 from fedmed.federation.site_state import SiteState
+from fedmed.federation.summary_table import summary_table
+from fedmed.federation.summing import sum_up
 from fedmed.federation.validation import distance, fingerprint, squared_norm
 from fedmed.privacy.engine import DPEngine, Engine, PlainEngine
+from fedmed.privacy.noise import SecureGenerator
 from fedmed.training.trainer import FitResult, Trainer, derived_seed
-from fedmed.types import ClientUpdate, DPSpec, PackedArrays, PrivacyUnit, Scalar, TrainTask
+from fedmed.types import (
+    ClientUpdate,
+    DPSpec,
+    EvaluateTask,
+    EvaluationUpdate,
+    PackedArrays,
+    PrivacyUnit,
+    Scalar,
+    TrainTask,
+)
 
 
 class Audit(Protocol):
@@ -29,20 +43,24 @@ class Audit(Protocol):
 class Gate(Protocol):
     """What a hospital lets in and out besides its policy and budget."""
 
-    def enter(self, task: TrainTask) -> None:
+    def enter(self, task: TrainTask | EvaluateTask) -> None:
         """Let a task in, or raise PolicyRefused."""
 
-    def leave(self, task: TrainTask, update: ClientUpdate) -> None:
-        """Let an update out, or raise PolicyRefused."""
+    def leave(
+        self, task: TrainTask | EvaluateTask, update: ClientUpdate | EvaluationUpdate
+    ) -> None:
+        """Let an answer out, or raise PolicyRefused."""
 
 
 class OpenGate:
     """A simulated hospital's: its policy and budget are all there is."""
 
-    def enter(self, task: TrainTask) -> None:
+    def enter(self, task: TrainTask | EvaluateTask) -> None:
         """Everything may enter."""
 
-    def leave(self, task: TrainTask, update: ClientUpdate) -> None:
+    def leave(
+        self, task: TrainTask | EvaluateTask, update: ClientUpdate | EvaluationUpdate
+    ) -> None:
         """Everything may leave."""
 
 
@@ -117,8 +135,25 @@ class SiteAgent:
             ConfigError, ModelError, UpdateRejected: the task cannot be carried out.
             LedgerError, AuditError, CheckpointError: the site's books cannot be kept.
         """
-        try:
+        with self._refusals_logged(task):
             return self._train(task)
+
+    def evaluate(self, task: EvaluateTask) -> EvaluationUpdate:
+        """Sums that tell what the trained network is worth on this site's images.
+
+        A repeated request gets the stored answer: it costs nothing, and noise cannot be averaged
+        away.
+
+        Raises:
+            As :meth:`train`.
+        """
+        with self._refusals_logged(task):
+            return self._evaluate(task)
+
+    @contextmanager
+    def _refusals_logged(self, task: TrainTask | EvaluateTask) -> Iterator[None]:
+        try:
+            yield
         except FedmedError as error:
             self._audit.append(
                 "task-refused",
@@ -172,6 +207,67 @@ class SiteAgent:
         if self._listener is not None:
             self._listener.fitted(self.name, task, fit)
         return update
+
+    def _evaluate(self, task: EvaluateTask) -> EvaluationUpdate:
+        _check_finite(task.arrays)
+        self._gate.enter(task)
+        state = self.state(task.run_id)
+        stored = state.stored_sums(task)
+        if stored is not None:
+            self._log_sums("sums-replayed", task, stored)
+            return stored
+        size = self.declared_size(PrivacyUnit.PATIENT)
+        spec = self._policy.admit_evaluation(task, size)
+        if spec is not None:
+            self.accounts.check_unit(PrivacyUnit.PATIENT)
+        summary_table(task.training.task, task.request)  # a wrong grid shows before it is paid for
+        self._audit.append(
+            "evaluation-admitted",
+            run=task.run_id,
+            round=task.round,
+            model=task.training.model.name,
+            splits=" ".join(task.request.splits),
+            noise_multiplier=spec.noise_multiplier if spec else None,
+            delta=spec.delta if spec else None,
+        )
+        delta = spec.delta if spec else self._policy.delta_for(size)
+        charges = self.accounts.reserve(task, spec, delta, fingerprint(task))
+        arrays = sum_up(
+            self._trainer,
+            task,
+            state.personal(task.round),
+            spec,
+            self._policy.min_cell,
+            SecureGenerator(),
+        )
+        spent = self.accounts.epsilon(PrivacyUnit.PATIENT, delta)
+        update = EvaluationUpdate(
+            run_id=task.run_id,
+            round=task.round,
+            site=self.name,
+            arrays=arrays,
+            released=spec,
+            min_cell=self._policy.min_cell,
+            charge=charges[0].id,
+            epsilon=_finite(spent) if spec else None,
+        )
+        self._gate.leave(task, update)
+        self.accounts.commit(charges, spec, arrays.sha256())
+        state.store_sums(task, update)
+        self._log_sums("sums-released", task, update)
+        return update
+
+    def _log_sums(self, event: str, task: EvaluateTask, update: EvaluationUpdate) -> None:
+        self._audit.append(
+            event,
+            run=task.run_id,
+            round=task.round,
+            bytes=update.arrays.nbytes,
+            tensors=len(update.arrays.table),
+            sha256=update.arrays.sha256(),
+            charge=update.charge,
+            epsilon=update.epsilon,
+        )
 
     def _engine(self, task: TrainTask, spec: DPSpec | None) -> Engine:
         if spec is not None:

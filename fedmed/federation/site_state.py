@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_numpy
@@ -21,8 +22,9 @@ from fedmed.errors import CheckpointError, ConfigError
 from fedmed.federation.files import save_arrays, write_atomic
 from fedmed.federation.messages import decode_table, encode_table
 from fedmed.federation.validation import fingerprint
-from fedmed.types import ClientUpdate, PackedArrays, TrainTask
+from fedmed.types import ClientUpdate, EvaluateTask, EvaluationUpdate, PackedArrays, TrainTask
 
+Answer = TypeVar("Answer", ClientUpdate, EvaluationUpdate)
 _KEEP = 2  # rounds: the one being answered and the one a resumed run may repeat
 
 
@@ -39,7 +41,24 @@ class SiteState:
 
     def stored(self, task: TrainTask) -> ClientUpdate | None:
         """The update already made for exactly this task, if any."""
-        path = self._update(task.round)
+        return self._stored("update", task, ClientUpdate)
+
+    def store(self, task: TrainTask, update: ClientUpdate) -> None:
+        """Keep an update until two rounds later."""
+        self._store("update", task, update)
+
+    def stored_sums(self, task: EvaluateTask) -> EvaluationUpdate | None:
+        """The sums already told for exactly this request, if any."""
+        return self._stored("sums", task, EvaluationUpdate)
+
+    def store_sums(self, task: EvaluateTask, update: EvaluationUpdate) -> None:
+        """Keep what was told."""
+        self._store("sums", task, update)
+
+    def _stored(
+        self, name: str, task: TrainTask | EvaluateTask, kind: type[Answer]
+    ) -> Answer | None:
+        path = self._path(name, task.round)
         if not path.exists():
             return None
         try:
@@ -48,16 +67,17 @@ class SiteState:
             if facts["fingerprint"] != fingerprint(task):
                 return None
             arrays = PackedArrays(decode_table(facts["table"]), load_numpy(path))
-            return decode(ClientUpdate, facts["update"], arrays=arrays)
+            return decode(kind, facts["update"], arrays=arrays)
         except (SafetensorError, KeyError, ConfigError, OSError) as error:
             raise CheckpointError(
-                f"stored update {path.name} cannot be read", "remove it to train afresh"
+                f"stored {name} {path.name} cannot be read", "remove it to make it afresh"
             ) from error
 
-    def store(self, task: TrainTask, update: ClientUpdate) -> None:
-        """Keep an update until two rounds later."""
+    def _store(
+        self, name: str, task: TrainTask | EvaluateTask, update: ClientUpdate | EvaluationUpdate
+    ) -> None:
         save_arrays(
-            self._update(task.round),
+            self._path(name, task.round),
             dict(update.arrays.buffers),
             {
                 "fingerprint": fingerprint(task),
@@ -66,7 +86,7 @@ class SiteState:
             },
             mode=0o600,
         )
-        self._prune("update")
+        self._prune(name)
 
     def personal(self, round_: int) -> dict[str, Tensor]:
         """Personal tensors of the last round before ``round_``; empty at first."""
@@ -89,9 +109,6 @@ class SiteState:
 
     def _path(self, kind: str, round_: int) -> Path:
         return self._folder / f"{kind}_{round_:06d}.safetensors"
-
-    def _update(self, round_: int) -> Path:
-        return self._path("update", round_)
 
     def _rounds(self, kind: str) -> list[int]:
         pattern = re.compile(rf"{kind}_(\d+)\.safetensors")

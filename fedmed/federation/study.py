@@ -17,13 +17,17 @@ from pathlib import Path
 
 from fedmed.codec import decode, encode, plain
 from fedmed.errors import ConfigError
+from fedmed.federation.summary_table import grid_of, summary_table
 from fedmed.types import (
     MOST_STEPS,
     AugmentSpec,
     DPRequest,
+    EvaluateTask,
+    EvaluationRequest,
     ModelSpec,
     OptimizerSpec,
     PackedArrays,
+    PrivacyUnit,
     Scalar,
     TaskSpec,
     TensorEntry,
@@ -66,7 +70,8 @@ class StudyPlan:
         round_deadline: seconds a round may take.
         max_update_norm: most that one update may move the weights (L2).
         tensors: what may leave: names, packed buffers (with dtype), shapes.
-        metrics: names of figures that the coordinator asks for besides the weights.
+        evaluation: figures of the trained network that are asked for after the last round, or
+            None for none.
     """
 
     format: int
@@ -95,7 +100,7 @@ class StudyPlan:
     weights: Mapping[str, float] = field(default_factory=dict)
     fraction_sites: float = 1.0
     ema_decay: float = 0.0
-    metrics: tuple[str, ...] = ()
+    evaluation: EvaluationRequest | None = None
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
@@ -116,6 +121,13 @@ class StudyPlan:
                 raise ConfigError(f"expected {name}={value} > 0")
         if not all(math.isfinite(w) and w > 0 for w in self.weights.values()):
             raise ConfigError("expected every site's weight > 0")
+        if self.evaluation is not None:
+            grid_of(self.evaluation)
+            if self.dp is not None and self.dp.unit is not PrivacyUnit.PATIENT:
+                raise ConfigError(
+                    "figures are accounted per patient, the plan trains per image",
+                    "use privacy.unit=patient, or ask for no figures",
+                )
         if not self.tensors:
             raise ConfigError("the plan names no tensors", "make it with fedmed coordinator init")
 
@@ -131,6 +143,19 @@ class StudyPlan:
     def update_bytes(self) -> int:
         """Bytes of one update's arrays."""
         return sum(n * _ITEM[key.rpartition(".")[2]] for key, n in self.lengths.items())
+
+    @property
+    def summaries(self) -> tuple[TensorEntry, ...]:
+        """What may leave in answer to the request for figures: names, shapes; int64 all of it."""
+        if self.evaluation is None:
+            return ()
+        return summary_table(self.task, self.evaluation)
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of the largest answer's arrays."""
+        figures = sum(math.prod(e.shape) for e in self.summaries) * _ITEM["int64"]
+        return max(self.update_bytes, figures)
 
     def sha256(self) -> str:
         """The plan's hash: what hospitals approve and every statement names."""
@@ -162,6 +187,16 @@ class StudyPlan:
             proximal_mu=self.proximal_mu,
             seed=self.seed,
         )
+
+    def evaluate_task(self, run_id: str, arrays: PackedArrays) -> EvaluateTask:
+        """The one request for figures that the plan allows for a run.
+
+        Raises:
+            ConfigError: the plan asks for none.
+        """
+        if self.evaluation is None:
+            raise ConfigError("the plan asks for no figures")
+        return EvaluateTask(self.train_task(run_id, self.rounds, arrays), self.evaluation)
 
 
 _ITEM = {

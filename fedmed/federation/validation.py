@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedmed.codec import encode
 from fedmed.errors import UpdateRejected
-from fedmed.types import ClientUpdate, PackedArrays, TrainTask
+from fedmed.types import ClientUpdate, EvaluateTask, PackedArrays, TrainTask
 
 _PIECE = 1 << 18  # elements: their sum of squares is exact enough in float32
 LARGEST_NORM = 1e18
@@ -85,7 +85,10 @@ def _squared_distance(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
     )
 
 
-def fingerprint(task: TrainTask) -> str:
+def fingerprint(task: TrainTask | EvaluateTask) -> str:
     """Hash of a task and its weights: what makes two requests the same request."""
-    text = encode(task, skip=frozenset({"arrays"}))
+    if isinstance(task, EvaluateTask):
+        text = encode(task.training, skip=frozenset({"arrays"})) + encode(task.request)
+    else:
+        text = encode(task, skip=frozenset({"arrays"}))
     return hashlib.sha256((text + task.arrays.sha256()).encode()).hexdigest()

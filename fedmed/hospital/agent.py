@@ -31,7 +31,6 @@ def open_agent(folder: HospitalFolder, audit: AuditLog) -> SiteAgent:
         plan,
         Progress(folder.state / "progress"),
         paused=why_paused(folder),
-        metrics=rules.release.metrics,
     )
     return SiteAgent(
         name=folder.kit.site,

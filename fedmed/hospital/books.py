@@ -15,6 +15,7 @@ from fedmed.hospital.folder import HospitalFolder
 from fedmed.hospital.notes import note
 from fedmed.privacy.accountant import default_delta
 from fedmed.privacy.ledger import Ledger, LedgerEntry
+from fedmed.privacy.sums import is_sum
 from fedmed.types import PrivacyUnit, Scalar
 
 
@@ -23,7 +24,8 @@ class RunBudget:
     """What one run was charged.
 
     Attributes:
-        rounds, steps: charged, whether finished or not.
+        rounds, steps: of training, charged, whether finished or not.
+        figures: charges for figures of the trained network.
         unfinished: charges whose update was never ready to leave; they are spent all the same.
         epsilon: what the cohort had spent after the run's last charge, as text.
         last: when that was, UTC.
@@ -32,6 +34,7 @@ class RunBudget:
     run: str
     rounds: int
     steps: int
+    figures: int
     unfinished: int
     epsilon: str
     last: str
@@ -57,7 +60,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class SiteStatus:
-    """A hospital's side of a study."""
+    """A hospital's side of a study.
+
+    Attributes:
+        figures: what its rules let be told of a network's worth.
+        figures_released: answers with such sums.
+    """
 
     study: str
     site: str
@@ -69,6 +77,8 @@ class SiteStatus:
     last_event_time: str
     tasks_received: int
     updates_released: int
+    figures: str
+    figures_released: int
     tasks_refused: int
     last_refusal: str
     bytes_sent: int
@@ -141,6 +151,8 @@ def site_status(folder: HospitalFolder) -> SiteStatus:
         last_event_time=str(entries[-1]["time"]) if entries else "",
         tasks_received=_count(entries, "task-received"),
         updates_released=_count(entries, "update-released"),
+        figures=folder.rules.release.metrics,
+        figures_released=_count(entries, "sums-released"),
         tasks_refused=len(refused),
         last_refusal=json.dumps(refused[-1]["reason"], ensure_ascii=False) if refused else "",
         bytes_sent=sum(int(e["bytes"] or 0) for e in entries if e["event"] == "answer-delivered"),
@@ -168,8 +180,9 @@ def _by_run(entries: Iterable[LedgerEntry]) -> tuple[RunBudget, ...]:
     return tuple(
         RunBudget(
             run=run,
-            rounds=len({e.round for e in own}),
-            steps=sum(e.spec.steps for e in own if e.spec is not None),
+            rounds=len({e.round for e in own if not is_sum(e.spec)}),
+            steps=sum(e.spec.steps for e in own if e.spec is not None and not is_sum(e.spec)),
+            figures=sum(is_sum(e.spec) for e in own),
             unfinished=sum(e.committed_at is None for e in own),
             epsilon=_amount(own[-1].epsilon),
             last=own[-1].time,

@@ -39,6 +39,7 @@ _LOCAL: Final[tuple[Callable[[Site], Remarks], ...]] = (
     books.patients,
     books.ledger,
     books.privacy,
+    books.figures,
     books.progress,
     books.budget,
     books.log,

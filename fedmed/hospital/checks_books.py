@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +12,8 @@ from fedmed.errors import AuditError, PolicyRefused
 from fedmed.hospital.checks_base import Remarks, fault, ok, warning
 from fedmed.hospital.checks_site import REMEDIES, Site
 from fedmed.hospital.conditions import tells_of_training
-from fedmed.types import PrivacyUnit, Split
+from fedmed.privacy.accountant import Mechanism, epsilon
+from fedmed.types import DPSpec, PrivacyUnit, Split
 
 _SHOWN: Final = 5  # problems of a kind
 
@@ -41,14 +43,14 @@ def patients(site: Site) -> Remarks:
         )
         return
     count = site.units(PrivacyUnit.PATIENT)
-    least = site.rules.release.smallest_cell
+    least = site.rules.release.min_cell
     if count == 0:
         yield fault(
             "every patient of split train has withdrawn consent", "add patients, or do not join"
         )
     elif count < least:
         yield warning(
-            f"{count} patients to train on are fewer than smallest_cell ({least})",
+            f"{count} patients to train on are fewer than min_cell ({least})",
             "add patients: figures about so few are withheld",
         )
     else:
@@ -84,12 +86,6 @@ def _trained(log: Path) -> bool:
 
 def privacy(site: Site) -> Remarks:
     """The hospital's rules admit the plan, were nothing spent yet."""
-    withheld = sorted(set(site.plan.metrics) - set(site.rules.release.metrics))
-    if withheld:
-        yield fault(
-            f"the plan asks for figures that site.toml does not release: {', '.join(withheld)}",
-            "name them in metrics under [release], or have the plan changed",
-        )
     spec = site.privacy
     if spec is None:
         yield ok("none is asked for, and site.toml allows that")
@@ -98,6 +94,45 @@ def privacy(site: Site) -> Remarks:
             f"noise multiplier {spec.noise_multiplier:.4g}, sampling rate {spec.sample_rate:.4g}, "
             f"delta {spec.delta:g}, per {spec.unit}"
         )
+
+
+def figures(site: Site) -> Remarks:
+    """What is told of the trained network's worth, if the plan asks for it."""
+    request = site.plan.evaluation
+    if request is None:
+        yield ok("none are asked for")
+        return
+    try:
+        spec = site.figures()
+    except PolicyRefused as error:
+        yield warning(f"they will be refused: {error.problem}", REMEDIES[error.code])
+        return
+    if spec is None:
+        yield ok("told without noise, as metrics under [release] allows")
+    elif not _carries(site, spec):
+        yield warning(
+            "the budget carries the training, and not the figures after it",
+            REMEDIES["budget-exhausted"],
+        )
+    else:
+        yield ok(
+            f"told with noise multiplier {spec.noise_multiplier:.4g}, charged to the budget; no "
+            f"count below {site.rules.release.min_cell}"
+        )
+
+
+def _carries(site: Site, spec: DPSpec) -> bool:
+    """Whether the budget has room for figures after the shortest rest of training."""
+    policy, training, plan = site.rules.policy(), site.privacy, site.plan
+    events = [Mechanism(spec.noise_multiplier, spec.sample_rate, spec.steps)]
+    spent = site.ledger.spent(site.rules.cohort, spec.unit) if site.ledger is not None else ()
+    if spent is None or training is None:
+        return math.isinf(policy.max_epsilon)
+    for first in _first_rounds(site)[:1]:
+        steps = training.steps * (plan.rounds - first + 1)
+        events.append(Mechanism(training.noise_multiplier, training.sample_rate, steps))
+    total = epsilon([*spent, *events], spec.delta, policy.accountant)
+    return total <= policy.max_epsilon * (1 + 1e-9)
 
 
 def progress(site: Site) -> Remarks:

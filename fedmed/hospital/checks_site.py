@@ -40,6 +40,8 @@ REMEDIES: Final = {
     "dp-required": 'have the plan ask for privacy; max_epsilon = "inf" is for public data only',
     "budget-exhausted": "raise max_epsilon in site.toml if those who answer for the data agree, "
     "or have the plan ask for less",
+    "metrics-withheld": "that is metrics under [release] in site.toml; noisy ones are charged",
+    "noise-required": "have the plan ask with evaluation.target_epsilon",
     "unit-mixed": "name another cohort and ledger in site.toml, or have the plan changed",
 }
 """What a hospital can do, by reason code of a refusal."""
@@ -203,12 +205,7 @@ class Site(Parts):
     def privacy(self) -> DPSpec | None:
         """The mechanism that would run here, if the rules admit the plan before any charge."""
         dp, policy = self.plan.dp, self.rules.policy()
-        unit = dp.unit if dp else PrivacyUnit.PATIENT
-        size = policy.cohort_size
-        if size is None and self.has("ledger") and self.ledger is not None:
-            size = self.ledger.declared_size(f"{self.kit.site}/{unit}")
-        if size is None:
-            size = public_size(self.units(unit))
+        size = self.declared_size(dp.unit if dp else PrivacyUnit.PATIENT)
         try:
             spec = policy.admit(self.plan.train_task("check", 1, self._no_arrays), size)
             with tempfile.TemporaryDirectory() as empty:
@@ -216,6 +213,19 @@ class Site(Parts):
         except PolicyRefused as error:
             raise PolicyRefused(error.code, error.problem, REMEDIES[error.code]) from error
         return spec
+
+    def declared_size(self, unit: PrivacyUnit) -> int:
+        """The cohort's public size: as the rules or the ledger say, or as it would be today."""
+        size = self.rules.policy().cohort_size
+        if size is None and self.has("ledger") and self.ledger is not None:
+            size = self.ledger.declared_size(f"{self.kit.site}/{unit}")
+        return public_size(self.units(unit)) if size is None else size
+
+    def figures(self) -> DPSpec | None:
+        """The mechanism that figures would be told with. Raises PolicyRefused."""
+        task = self.plan.evaluate_task("check", self._no_arrays)
+        policy = self.rules.policy()
+        return policy.admit_evaluation(task, self.declared_size(PrivacyUnit.PATIENT))
 
     def carry(self, ledger: Ledger, first: int, spec: DPSpec | None) -> None:
         """Refuse if a ledger cannot carry the plan from round ``first`` to its end.

@@ -42,8 +42,11 @@ def check_ledger(folder: HospitalFolder) -> None:
 
 
 def tells_of_training(log: Path) -> bool:
-    """Whether a site's log says that anything was ever trained. Raises AuditError."""
-    return log.exists() and any(entry["event"] == "task-admitted" for entry in read(log))
+    """Whether a site's log says that anything was ever charged. Raises AuditError."""
+    return log.exists() and any(entry["event"] in _CHARGED for entry in read(log))
+
+
+_CHARGED = frozenset({"task-admitted", "evaluation-admitted"})
 
 
 def why_paused(

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedmed.config.toml import read_toml
 from fedmed.errors import ConfigError
 from fedmed.federation.policy import SitePolicy
-from fedmed.types import PrivacyUnit
+from fedmed.types import Disclosure, PrivacyUnit
 
 _WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _ROLE = re.compile(r"[a-z][a-z-]{0,40}")
@@ -23,16 +23,16 @@ class Release:
     """What may leave besides the weights.
 
     Attributes:
-        metrics: names of figures.
-        smallest_cell: fewest patients that a figure may be about.
+        metrics: ``withhold``, ``noisy`` or ``exact``.
+        min_cell: fewest patients that a told count may be about.
     """
 
-    metrics: tuple[str, ...] = ()
-    smallest_cell: int = 10
+    metrics: Disclosure = Disclosure.WITHHOLD
+    min_cell: int = 10
 
     def __post_init__(self) -> None:
-        if self.smallest_cell < 1:
-            raise ConfigError(f"expected release.smallest_cell={self.smallest_cell} >= 1")
+        if self.min_cell < 1:
+            raise ConfigError(f"expected release.min_cell={self.min_cell} >= 1")
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,12 @@ class Rules:
             if limit != "inf":
                 raise ConfigError(f"max_epsilon={limit!r}", 'give a number, or "inf"')
             limit = math.inf
+        if self.release.metrics is Disclosure.EXACT and math.isfinite(limit):
+            raise ConfigError(
+                f'release.metrics="exact" tells figures without noise, max_epsilon={limit:g} '
+                "allows none",
+                'use "noisy" or "withhold"; "exact" needs max_epsilon = "inf"',
+            )
         return SitePolicy(
             max_epsilon=limit,
             delta=self.delta,
@@ -140,6 +146,8 @@ class Rules:
             allowed_units=self.allowed_units,
             accountant=self.accountant,
             cohort_size=self.cohort_size,
+            metrics=self.release.metrics,
+            min_cell=self.release.min_cell,
         )
 
 

@@ -64,7 +64,7 @@ def _listed(path: Path) -> Iterable[tuple[str, Path]]:
     if not path.is_dir():
         return [(path.name, path)]
     if (path / MANIFEST).exists():
-        return [(r.image, path / r.image) for r in read_manifest(path).records]
+        return [(r.image, path / r.image) for r in read_manifest(path, need_targets=False).records]
     found = sorted(p for p in path.rglob("*") if suffix_of(p) in SUFFIXES and _shown(p, path))
     return [(p.relative_to(path).as_posix(), p) for p in found if p.is_file()]
 
@@ -108,7 +108,7 @@ class _OptOut:
             known = None
             if (folder / OPTOUT).exists() or (folder / OPTOUT).is_symlink():
                 self._gone[folder] = read_optout(folder)
-                records = read_manifest(folder).records
+                records = read_manifest(folder, need_targets=False).records
                 known = {(folder / r.image).resolve(): r.patient_id for r in records}
             self._patients[folder] = known
         return self._patients[folder]

@@ -74,16 +74,20 @@ class Signature:
 
 
 def read_signature(root: Path, path: str) -> Signature:
-    """Read one signature; nothing is checked but its form.
+    """Read one signature; nothing is checked but its form, of which there is only one.
 
     Raises:
-        TrustError: unreadable, or no signature.
+        TrustError: unreadable, or not as :func:`add_signature` writes it.
     """
     content = read_file(root, path, _MOST)
+    remedy = "remove it, and let its giver sign"
     try:
-        return decode(Signature, content.decode())
+        signature = decode(Signature, content.decode())
     except (ConfigError, UnicodeDecodeError) as error:
-        raise TrustError(f"{path} is no signature", "remove it, and let its giver sign") from error
+        raise TrustError(f"{path} is no signature", remedy) from error
+    if content != _written(signature) or signature.signature.lower() != signature.signature:
+        raise TrustError(f"{path} was edited", remedy)
+    return signature
 
 
 def add_signature(
@@ -125,5 +129,9 @@ def add_signature(
     )
     signed = replace(unsigned, signature=key.sign(PURPOSE, unsigned.statement()))
     (root / SIGNATURES).mkdir(exist_ok=True)
-    write_atomic(root / signed.path(), (encode(signed) + "\n").encode())
+    write_atomic(root / signed.path(), _written(signed))
     return signed
+
+
+def _written(signature: Signature) -> bytes:
+    return f"{encode(signature)}\n".encode()

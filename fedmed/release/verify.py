@@ -18,6 +18,7 @@ from fedmed.release.folder import Found, measure, read_file, safe_path, walk
 from fedmed.release.records import EVIDENCE, MANIFEST, WEIGHTS, Manifest, instant
 from fedmed.release.signatures import NAME, Signature, read_signature
 from fedmed.release.trust import Trust, same_person
+from fedmed.report.wording import printable
 
 _CLOCKS: Final = timedelta(minutes=5)  # by which two machines' clocks may differ
 _AGAIN: Final = "obtain the release anew"
@@ -36,7 +37,8 @@ class Fault:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.code}: {self.problem}; {self.remedy}"
+        # names of files, groups and metrics are whatever the folder's maker wrote
+        return printable(f"{self.code}: {self.problem}; {self.remedy}")
 
 
 @dataclass(frozen=True)

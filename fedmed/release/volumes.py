@@ -126,6 +126,9 @@ def to_stored(values: Tensor, placed: Placed) -> Tensor:
             return values
         mode = "bilinear" if len(placed.shape) == 2 else "trilinear"
         return torch.nn.functional.interpolate(values[None], placed.shape, mode=mode)[0]
+    turned = _turned(values, placed.affine, placed.raw_affine)
+    if turned is not None:
+        return turned
     from monai.data import MetaTensor
     from monai.transforms import SpatialResample
 
@@ -133,6 +136,23 @@ def to_stored(values: Tensor, placed: Placed) -> Tensor:
     back = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float64)
     found = back(volume, dst_affine=torch.from_numpy(placed.raw_affine), spatial_size=placed.shape)
     return found.as_tensor().float()  # type: ignore[no-any-return]
+
+
+def _turned(
+    values: Tensor, affine: NDArray[np.float64], wanted: NDArray[np.float64]
+) -> Tensor | None:
+    """Values with axes swapped and mirrored, where nothing else leads to the stored grid."""
+    import torch
+    from nibabel import orientations
+
+    turn = orientations.ornt_transform(
+        orientations.io_orientation(affine), orientations.io_orientation(wanted)
+    )
+    moved = affine @ orientations.inv_ornt_aff(turn, tuple(values.shape[1:]))
+    if not np.allclose(moved, wanted, rtol=1e-5, atol=1e-4):
+        return None
+    array = orientations.apply_orientation(values.movedim(0, -1).numpy(), turn)
+    return torch.from_numpy(np.moveaxis(array, -1, 0).copy())
 
 
 def _map(chances: torch.Tensor, task: TaskSpec, least: float | None) -> Map:

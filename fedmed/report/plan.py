@@ -25,7 +25,7 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         f"privacy    {_privacy(plan)}",
         f"leaves     {len(plan.tensors)} tensors of weights, {plan.update_bytes / 1e6:.1f} MB "
         f"a round, moved by at most {plan.max_update_norm:g} (L2)",
-        f"figures    {', '.join(plan.metrics) or 'none'}",
+        f"figures    {_figures(plan)}",
         f"combined   {plan.strategy}, at least {plan.min_sites} site(s), "
         f"{plan.round_deadline:.0f} s a round",
     ]
@@ -48,3 +48,18 @@ def _privacy(plan: StudyPlan) -> str:
         else f"noise multiplier {dp.noise_multiplier:g}"
     )
     return f"{asked}, per {dp.unit}; the site's own limits come on top"
+
+
+def _figures(plan: StudyPlan) -> str:
+    asked = plan.evaluation
+    if asked is None:
+        return "none"
+    noise = (
+        "without noise"
+        if asked.target_epsilon is None
+        else f"with noise for epsilon {asked.target_epsilon:g} more"
+    )
+    return (
+        f"sums over {' and '.join(asked.splits)} images after the last round, {noise}; the "
+        "site's own rules may withhold them"
+    )

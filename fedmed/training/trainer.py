@@ -128,6 +128,10 @@ class Trainer:
         """Training units after opt-outs, read again at every call."""
         return self._data.cohort(unit)
 
+    def split(self, split: Split) -> PreparedSplit:
+        """A split's images after opt-outs, read again at every call."""
+        return self._data.split(split)
+
     def network(self, task: TrainTask, personal: Mapping[str, Tensor]) -> nn.Module:
         """The task's network with the task's weights and the site's personal tensors.
 

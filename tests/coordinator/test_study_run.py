@@ -36,6 +36,7 @@ from fedmed.federation.link.payload import check_payload, read_payload
 from fedmed.federation.link.store import RunState
 from fedmed.federation.state import Checkpoints, read_weights
 from fedmed.trust.statements import TaskStatement, peek
+from fedmed.types import EvaluationRequest, Split
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 RUN = "demo-1"
@@ -513,3 +514,57 @@ def test_initial_weights_are_what_sites_get_first(world):
     assert {s for s in seen if s[0] == 1} == {(1, 1, first)}
     assert all(r == asked for r, asked, _ in seen)
     assert len({h for _, _, h in seen}) == 3
+
+
+# ---- figures after the last round
+
+
+ASKED = EvaluationRequest((Split.VAL, Split.TEST), None, 4, 4.0)
+FIGURES = ("evaluation.json", "evaluation.safetensors")
+
+
+def test_figures_of_a_whole_run(tmp_path):
+    made = World(tmp_path, evaluation=ASKED)
+    made.go()
+    found = json.loads((made.path / "evaluation.json").read_text())
+    assert (found["round"], found["failures"]) == (4, {})
+    assert found["sources"]["pooled"]["charges"] == ["a/4", "b/4", "c/4"]
+    assert set(found["figures"]) == {"val", "test"}
+    events = made.events()
+    assert events[-2:] == ["figures-written", "run-finished"]
+    assert made.row().state == RunState.FINISHED
+    assert made.store.tasks(RUN) == ()
+    assert list((made.path / "spool").iterdir()) == []
+    for site in made.sites.values():
+        assert [round_ for round_, _ in site.trained] == [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    made = World(tmp_path_factory.mktemp("whole"), evaluation=ASKED)
+    made.go()
+    return made
+
+
+@pytest.mark.parametrize("line", [23, 25, 26, 28, 29])
+@pytest.mark.parametrize("after", [False, True])
+def test_figures_after_a_kill_are_those_of_an_undisturbed_run(tmp_path, whole, line, after):
+    made = World(tmp_path / "killed", evaluation=ASKED)
+    with pytest.raises(Killed):
+        made.go(left=line, after=after)
+    if made.row().state != RunState.FINISHED:
+        made.go()
+    for name in FIGURES:
+        assert (made.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_refused_figures_do_not_fail_the_run(tmp_path):
+    made = World(tmp_path, evaluation=ASKED)
+    for site in made.sites.values():
+        site.refuses = lambda task: "metrics-withheld" if task.round > 3 else ""
+    made.go()
+    found = json.loads((made.path / "evaluation.json").read_text())
+    assert {code for code, _ in found["failures"].values()} == {"metrics-withheld"}
+    assert set(found["sources"]) == {"public"}
+    assert made.row().state == RunState.FINISHED
+    assert made.events().count("figures-not-told") == 3

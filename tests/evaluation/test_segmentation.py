@@ -1,4 +1,4 @@
-"""Dice and HD95 against MONAI and against brute force over surface points."""
+"""Dice, surfaces and volumes against MONAI and against brute force over surface points."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from fedmed.evaluation.cases import GRID
 from fedmed.evaluation.metrics import evaluate, metrics
 from fedmed.evaluation.records import Predictions, concatenate
-from fedmed.evaluation.segmentation import dice_scores, hausdorff95
+from fedmed.evaluation.segmentation import (
+    case_scores,
+    dice_scores,
+    doubt,
+    hausdorff95,
+    surface_dice,
+    volume_errors,
+)
 from fedmed.types import TaskKind, TaskSpec
 
 
@@ -170,3 +178,81 @@ def test_dice_falls_as_the_overlap_shrinks():
     assert scores[0] == 1.0
     assert scores[5] == 0.0
     assert all(a > b for a, b in pairwise(scores))
+
+
+@pytest.mark.parametrize(
+    ("size", "spacing", "tolerance"),
+    [((24, 20), None, 1.0), ((16, 20, 12), None, 2.0), ((16, 20, 12), (1.5, 0.8, 2.0), 1.6)],
+)
+def test_surface_dice_equals_monai(size, spacing, tolerance):
+    from monai.metrics import compute_surface_dice
+
+    rng = np.random.default_rng(6)
+    predicted, reference = blobs(rng, 10, size), blobs(rng, 10, size)
+    predicted[5] = 0
+    reference[7] = predicted[7] = 0
+    got = case_scores(
+        Predictions(predicted, reference), 2, spacing=spacing, tolerance=tolerance
+    ).surface_dice
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MONAI warns of empty masks
+        expected = compute_surface_dice(
+            one_hot(predicted, 2),
+            one_hot(reference, 2),
+            [tolerance] * 2,
+            include_background=True,
+            spacing=spacing,
+        ).numpy()
+    assert got == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert got[5, 0] == 0.0
+    assert np.isnan(got[7]).all()
+
+
+def test_case_scores_are_those_of_each_measure():
+    rng = np.random.default_rng(7)
+    size = (20, 18)
+    predicted, reference = blobs(rng, 8, size), blobs(rng, 8, size)
+    predicted[2] = 0
+    got = case_scores(Predictions(predicted, reference), 2, spacing=(1.0, 2.0), tolerance=1.5)
+    assert got.dice == pytest.approx(dice_scores(predicted, reference, 2), nan_ok=True)
+    for image, k in np.ndindex(8, 2):
+        masks = predicted[image] == k + 1, reference[image] == k + 1
+        assert got.hd95[image, k] == pytest.approx(hausdorff95(*masks, (1.0, 2.0)), nan_ok=True)
+        assert got.surface_dice[image, k] == pytest.approx(
+            surface_dice(*masks, (1.0, 2.0), 1.5), nan_ok=True
+        )
+    assert np.isnan(got.missed).all()
+    assert np.isnan(got.included).all()
+
+
+def test_volume_error_is_signed_and_relative_to_the_truth():
+    reference = np.zeros((3, 10, 10), np.uint8)
+    reference[:2, :4, :5] = 1
+    predicted = reference.copy()
+    predicted[0, :2] = 0
+    predicted[1, :8, :5] = 1
+    assert volume_errors(predicted, reference, 1)[:, 0] == pytest.approx(
+        [-0.5, 1.0, np.nan], nan_ok=True
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    arrays.arrays(np.float32, (2, 4, 3), elements=st.floats(0, 1, width=32)),
+    arrays.arrays(np.uint8, (2, 4, 3), elements=st.integers(0, 2)),
+)
+def test_doubt_is_counted_at_every_public_threshold(probabilities, reference):
+    missed, included = doubt(probabilities, reference)
+    wide = probabilities.astype(np.float64)  # NumPy would round the threshold to float32
+    for image in range(2):
+        inside = wide[image][reference[image] > 0]
+        expected = [(inside < t).mean() if inside.size else np.nan for t in GRID]
+        assert missed[image] == pytest.approx(np.array(expected), nan_ok=True)
+        reached = [(wide[image] >= t).mean() for t in GRID]
+        assert included[image] == pytest.approx(np.array(reached))
+
+
+def test_probabilities_of_another_shape_are_refused():
+    maps = np.zeros((2, 4, 4), np.uint8)
+    with pytest.raises(ValueError, match="probabilities of shape"):
+        case_scores(Predictions(maps, maps), 1, probabilities=np.zeros((2, 4)))

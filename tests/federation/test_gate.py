@@ -104,15 +104,6 @@ def test_paused_hospital_lets_nothing_in(progress):
     gate.enter(task_of(PLAN))
 
 
-def test_figures_that_are_not_released(progress):
-    plan = replace(PLAN, metrics=("auroc", "loss"))
-    assert code_of(Gate(plan, progress).enter, task_of(plan)) == "metrics-withheld"
-    assert code_of(Gate(plan, progress, metrics=("loss",)).enter, task_of(plan)) == (
-        "metrics-withheld"
-    )
-    Gate(plan, progress, metrics=("loss", "auroc", "dice")).enter(task_of(plan))
-
-
 def rounds_of(progress):
     return {run: round_ for run, (round_, _) in progress.last_tasks().items()}
 

@@ -25,10 +25,12 @@ from fedmed.federation.study import (
 from fedmed.types import (
     AugmentSpec,
     DPRequest,
+    EvaluationRequest,
     ModelSpec,
     OptimizerSpec,
     PackedArrays,
     PrivacyUnit,
+    Split,
     TaskKind,
     TaskSpec,
     TensorEntry,
@@ -77,7 +79,7 @@ PLANS = st.builds(
     personal=st.lists(TEXT, max_size=2).map(tuple), proximal_mu=st.floats(0, 1e6),
     strategy=TEXT, strategy_params=st.dictionaries(TEXT, SCALAR, max_size=3),
     weights=st.dictionaries(TEXT, POSITIVE, max_size=3), fraction_sites=st.floats(0.01, 1),
-    ema_decay=st.floats(0, 0.99), metrics=st.lists(TEXT, max_size=3).map(tuple),
+    ema_decay=st.floats(0, 0.99),
 )  # fmt: skip
 PLAN = small_plan()
 
@@ -99,6 +101,11 @@ def test_plan_survives_its_file(tmp_path):
     assert read_plan(path) == PLAN
 
 
+def test_plan_with_figures_survives_its_document():
+    assert parse_plan(FULL.document().encode()) == FULL
+    assert FULL.answer_bytes == max(FULL.update_bytes, 2 * 2 * 32 * 8)
+
+
 def test_order_of_mappings_does_not_matter():
     one = replace(PLAN, weights={"a": 1.0, "b": 2.0})
     two = replace(PLAN, weights={"b": 2.0, "a": 1.0})
@@ -113,7 +120,8 @@ OTHER = {
     "round_deadline": 31.0, "max_update_norm": 101.0, "tensors": TABLE[:1],
     "augment": AugmentSpec(flip=(0,)), "personal": ("norm",), "proximal_mu": 0.1,
     "strategy": "fedadam", "strategy_params": {"eta": 0.1}, "weights": {"a": 2.0},
-    "fraction_sites": 0.5, "ema_decay": 0.5, "metrics": ("auroc",),
+    "fraction_sites": 0.5, "ema_decay": 0.5,
+    "evaluation": EvaluationRequest((Split.TEST,), 1.0, 32, 4.0),
 }  # fmt: skip
 
 
@@ -131,7 +139,8 @@ def leaves(value, path=()):
 
 
 FULL = replace(
-    PLAN, dp=DP, strategy_params={"eta": 0.1}, weights={"a": 2.0}, metrics=("auroc",),
+    PLAN, dp=DP, strategy_params={"eta": 0.1}, weights={"a": 2.0},
+    evaluation=EvaluationRequest((Split.TEST,), 1.0, 32, 4.0),
     prepare=Preparation("none", (1.0, 1.0)), personal=("norm",), augment=AugmentSpec(flip=(0,)),
 )  # fmt: skip
 
@@ -197,6 +206,14 @@ def test_unknown_field_is_refused(place):
         ({"round_deadline": math.nan}, "round_deadline"),
         ({"weights": {"a": 0.0}}, "weight > 0"),
         ({"tensors": ()}, "no tensors"),
+        ({"evaluation": EvaluationRequest((Split.TEST,), 1.0, 33, 4.0)}, "evaluation.bins=33"),
+        (
+            {
+                "dp": replace(DP, unit=PrivacyUnit.IMAGE),
+                "evaluation": EvaluationRequest((Split.TEST,), 1.0, 32, 4.0),
+            },
+            "per patient, the plan trains per image",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )

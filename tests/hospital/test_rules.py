@@ -11,7 +11,7 @@ import pytest
 from fedmed.cli.main import main
 from fedmed.errors import ConfigError
 from fedmed.hospital.rules import Operation, Release, Rules, read_rules
-from fedmed.types import PrivacyUnit
+from fedmed.types import Disclosure, PrivacyUnit
 
 TEMPLATE = files("fedmed.hospital").joinpath("site.toml").read_text()
 LEAST = 'data = "data"\nmax_epsilon = 3.0\n'
@@ -61,8 +61,8 @@ def test_whole_file(read):
         [approvals]
         data-protection = "roles/dp.pub"
         [release]
-        metrics = ["auroc"]
-        smallest_cell = 20
+        metrics = "noisy"
+        min_cell = 20
         [operation]
         window = "20:00-06:00"
         megabytes_per_second = 10
@@ -79,7 +79,8 @@ def test_whole_file(read):
     assert policy.allowed_models == ("densenet121",)
     assert policy.min_noise_multiplier == 0.5
     assert rules.approvals == {"data-protection": "roles/dp.pub"}
-    assert rules.release == Release(("auroc",), 20)
+    assert rules.release == Release(Disclosure.NOISY, 20)
+    assert (policy.metrics, policy.min_cell) == (Disclosure.NOISY, 20)
     assert rules.operation == Operation("20:00-06:00", 10.0, "proxy:3128", "cuda:1", 2, 60.0)
 
 
@@ -117,8 +118,10 @@ BAD = {
     '[approvals]\n"../x" = "x.pub"': ("../x", "lower case letters and -"),
     "[approvals]\nlegal = 1": ("approvals.legal", "see the comments"),
     "[release]\nmetrics = 'auroc'": ("release.metrics", "see the comments"),
-    "[release]\nsmallest_cell = '10'": ("release.smallest_cell", "see the comments"),
-    "[release]\nsmallest_cell = 0": ("release.smallest_cell", "see the comments"),
+    '[release]\nmetrics = "exact"': ("release.metrics", 'needs max_epsilon = "inf"'),
+    "[release]\nmetrics = ['noisy']": ("release.metrics", "see the comments"),
+    "[release]\nmin_cell = '10'": ("release.min_cell", "see the comments"),
+    "[release]\nmin_cell = 0": ("release.min_cell", "see the comments"),
     "[release]\nfigures = []": ("release.figures", "see the comments"),
     '[operation]\nwindow = "20-6"': ("operation.window", 'write it as "20:00-06:00"'),
     '[operation]\nwindow = "24:00-06:00"': ("operation.window", 'write it as "20:00-06:00"'),

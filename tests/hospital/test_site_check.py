@@ -26,7 +26,7 @@ from fedmed.hospital.check import check_site
 from fedmed.hospital.checks_machine import package_hash
 from fedmed.privacy.ledger import Ledger
 from fedmed.trust import certificates
-from fedmed.types import DPSpec, PrivacyUnit
+from fedmed.types import DPSpec, EvaluationRequest, PrivacyUnit, Split
 
 TINY = (
     "data=synthetic",
@@ -349,8 +349,8 @@ def test_everybody_opted_out(hospital):
 
 
 def test_few_patients(hospital):
-    hospital.rule("smallest_cell = 17")
-    only(hospital.check(), "warning", "patients", "16 patients", "smallest_cell (17)", "add")
+    hospital.rule("min_cell = 17")
+    only(hospital.check(), "warning", "patients", "16 patients", "min_cell (17)", "add")
 
 
 # ---- privacy
@@ -373,9 +373,31 @@ def test_plan_without_privacy(tmp_path, private, images):
 
 def test_figures_that_are_not_released(tmp_path, private, images):
     plan, arrays = private
-    hospital = make_hospital(tmp_path, replace(plan, metrics=("auroc",)), arrays, images)
-    only(hospital.check(), "fault", "privacy", "auroc", "under [release]")
-    hospital.rule('metrics = ["auroc"]')
+    asked = EvaluationRequest((Split.TEST,), 0.5, 32, 4.0)
+    hospital = make_hospital(tmp_path, replace(plan, evaluation=asked), arrays, images)
+    only(hospital.check(), "warning", "figures", "tells no figures", "metrics under [release]")
+    hospital.rule('metrics = "noisy"')
+    hospital.rule("max_epsilon = 9.0")
+    assert not not_ok(hospital.check())
+
+
+def test_budget_that_ends_with_the_training(tmp_path, private, images):
+    plan, arrays = private
+    asked = EvaluationRequest((Split.TEST,), 0.5, 32, 4.0)
+    hospital = make_hospital(tmp_path, replace(plan, evaluation=asked), arrays, images)
+    hospital.rule('metrics = "noisy"')
+    hospital.rule("max_epsilon = 3.0")
+    only(hospital.check(), "warning", "figures", "not the figures", "raise max_epsilon")
+
+
+def test_figures_without_noise(tmp_path, private, images):
+    plan, arrays = private
+    asked = EvaluationRequest((Split.TEST,), None, 32, 4.0)
+    hospital = make_hospital(tmp_path, replace(plan, evaluation=asked), arrays, images)
+    hospital.rule('metrics = "noisy"')
+    only(hospital.check(), "warning", "figures", "without noise", "evaluation.target_epsilon")
+    hospital.rule('max_epsilon = "inf"')
+    hospital.rule('metrics = "exact"')
     assert not not_ok(hospital.check())
 
 

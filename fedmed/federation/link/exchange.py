@@ -11,9 +11,15 @@ from fedmed.errors import FedmedError, UpdateRejected
 from fedmed.federation.client_app import make_client_app
 from fedmed.federation.flower import RUN_ID, context_of, identify
 from fedmed.federation.link.payload import Payload, read_payload, write_payload
-from fedmed.federation.messages import read_task, refusal_of, refuse
+from fedmed.federation.messages import (
+    asks_for_figures,
+    read_evaluate_task,
+    read_task,
+    refusal_of,
+    refuse,
+)
 from fedmed.federation.site_agent import SiteAgent
-from fedmed.types import Refusal, TrainTask
+from fedmed.types import EvaluateTask, Refusal, TrainTask
 
 _NODE: Final = 2
 
@@ -30,13 +36,16 @@ class Exchange:
         self._site = agent.name
         self._app = make_client_app(lambda _: agent)
 
-    def read(self, request: Path) -> TrainTask:
+    def read(self, request: Path) -> TrainTask | EvaluateTask:
         """The task that a request asks for; its arrays are views of the file.
 
         Raises:
             ConfigError, UpdateRejected: the request is malformed.
         """
-        return read_task(Message(read_payload(request), _NODE, "train"))
+        message = _message(request)
+        if asks_for_figures(message.content):
+            return read_evaluate_task(message)
+        return read_task(message)
 
     def answer(self, request: Path, reply: Path) -> tuple[Payload, str]:
         """Answer a request.
@@ -52,7 +61,7 @@ class Exchange:
             UpdateRejected: the request is malformed.
             CheckpointError: the answer cannot be written.
         """
-        message = Message(read_payload(request), _NODE, "train")
+        message = _message(request)
         answered = self._app(message, context_of(RUN_ID, _NODE, self._site))
         if answered.has_error():
             raise UpdateRejected("the request is none that a client app can answer")
@@ -70,3 +79,8 @@ class Exchange:
         """
         answered = refuse(Message(RecordDict(), _NODE, "train"), refusal)
         return write_payload(reply, answered.content)
+
+
+def _message(request: Path) -> Message:
+    content = read_payload(request)
+    return Message(content, _NODE, "evaluate" if asks_for_figures(content) else "train")

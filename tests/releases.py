@@ -73,6 +73,11 @@ def figure(value: float | None, spread: float = 0.02, **more: Any) -> Figure:
     return Figure(value, "test", value - spread, value + spread, **more)
 
 
+def calibrated(target: str, temperature: float) -> Calibration:
+    ece = {"ece": figure(0.04)}
+    return Calibration(target, figure(temperature), ece, ece, ())
+
+
 def small_evidence(sha256: str = "0" * 64, **changes: Any) -> Evidence:
     """Evidence that meets :data:`CRITERIA`."""
     kind = changes.pop("task", "binary")
@@ -100,8 +105,7 @@ def small_evidence(sha256: str = "0" * 64, **changes: Any) -> Evidence:
     }  # fmt: skip
     if kind != "segmentation":
         target = classes[-1]
-        ece = {"ece": figure(0.04)}
-        values["calibration"] = (Calibration(target, figure(1.5), ece, ece, ()),)
+        values["calibration"] = (calibrated(target, 1.5),)
         values["operating"] = (OperatingPoint(target, figure(0.3), "Youden"),)
     conformal = 0.2 if kind == "segmentation" else 0.4
     values["conformal"] = Conformal(
@@ -175,9 +179,7 @@ def sign(release: Path, signers: Signers, people: tuple[tuple[str, str], ...] = 
     for name, role in people:
         checked = check_files(release)
         assert not checked.faults
-        add_signature(
-            release, checked.content, checked.signatures, signers.keys[name], role, name
-        )
+        add_signature(release, checked.content, checked.signatures, signers.keys[name], role, name)
 
 
 def make_signed(folder: Path, signers: Signers, run: Path) -> Path:

@@ -1,0 +1,160 @@
+"""What of a site's summary may be told: with noise, or exactly, and never about a few patients.
+
+A cell is a told count. Where a class has fewer patients than the site's floor, its target is
+left out as a whole: the count of the others would tell that of the class by subtraction. A bin
+below the floor is told together with its neighbours, as one cell. Without noise the floor counts
+patients; with noise it is applied to the noisy counts and costs nothing (post-processing).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed.evaluation.summaries import (
+    BOUNDED,
+    SCALE,
+    SUMS,
+    Counts,
+    Grid,
+    cells_of,
+    enough_patients,
+    large_enough,
+    shape_of,
+    summarise,
+    targets_of,
+    told_together,
+)
+from fedmed.privacy.noise import SecureGenerator
+from fedmed.privacy.release import add_noise
+from fedmed.privacy.sums import sensitivity
+from fedmed.types import DPSpec, TaskKind, TaskSpec
+
+_COLUMN = {name: i for i, name in enumerate(SUMS)}
+
+
+def cells_per_image(task: TaskSpec) -> int:
+    """Cells that one image adds to, each at most 1 in its own unit."""
+    each = len(BOUNDED) if task.kind is TaskKind.SEGMENTATION else 1
+    return each * len(targets_of(task))
+
+
+def noise_std(task: TaskSpec, spec: DPSpec) -> float:
+    """Standard deviation of the noise on what one image can add 1 to.
+
+    Public: it follows from plan and mechanism.
+    """
+    return spec.noise_multiplier * sensitivity(spec.max_images_per_unit, cells_per_image(task))
+
+
+def tell_noisy(
+    sums: Counts, task: TaskSpec, grid: Grid, spec: DPSpec, floor: int, generator: SecureGenerator
+) -> Counts:
+    """A summary with noise, in the shape that it had.
+
+    Every bin of every target, or every bounded sum, gets its own noise, whatever was counted;
+    nothing private is looked at afterwards.
+    """
+    std = noise_std(task, spec)
+    if task.kind is TaskKind.SEGMENTATION:
+        unit = np.array([_UNIT.get(name, 0) for name in SUMS])
+        noisy = add_noise(sums, std * unit, generator)
+        return _possible(np.where(unit > 0, noisy, 0), floor)
+    told = np.zeros(shape_of(task, grid), np.int64)
+    for target, bins in enumerate(add_noise(sums[:, :, 0], np.array(std), generator)):
+        if bins.sum(axis=1).min() >= floor:
+            for side in (0, 1):
+                told[target, side] = told_together(bins[side], large_enough(bins[side], floor))
+    return told
+
+
+_UNIT = {"dice": SCALE, "dice_squares": SCALE, "defined": 1}
+"""The most that one image adds to a column that noise is added to."""
+
+
+def _possible(noisy: Counts, floor: int) -> Counts:
+    """Sums of Dice that as many images can have; rows under the floor left out."""
+    found = noisy.copy()
+    defined, dice, squares = (_COLUMN[n] for n in ("defined", "dice", "dice_squares"))
+    found[:, dice] = np.clip(noisy[:, dice], 0, SCALE * noisy[:, defined].clip(0))
+    found[:, squares] = np.clip(noisy[:, squares], 0, found[:, dice])
+    found[noisy[:, defined] < floor] = 0
+    return found
+
+
+def tell_exact(
+    parts: Counts, patients: NDArray[np.int64], task: TaskSpec, grid: Grid, floor: int
+) -> Counts:
+    """A summary without noise, of images whose exact figures the hospital allows.
+
+    Args:
+        parts: what each image adds, as :func:`fedmed.evaluation.summaries.per_image` gives.
+        patients: ``[N]`` numbers.
+        floor: fewest patients of a told cell that is not empty.
+    """
+    if task.kind is TaskKind.SEGMENTATION:
+        return _told_sums(summarise(parts, task, grid), parts, patients, floor)
+    told = np.zeros(shape_of(task, grid), np.int64)
+    member = parts >= grid.bins
+    hidden = np.array([_few(patients[m], floor) or _few(patients[~m], floor) for m in member.T])
+    if task.kind is TaskKind.MULTICLASS:
+        hidden = _hide_more(hidden, member, patients, floor)
+    for target in np.flatnonzero(~hidden):
+        for side in (0, 1):
+            own = member[:, target] == bool(side)
+            bins = parts[own, target] - side * grid.bins
+            ends = enough_patients(bins, patients[own], floor)
+            counts = np.bincount(bins, minlength=grid.bins).astype(np.int64)
+            told[target, side] = told_together(counts, ends)
+    return told
+
+
+def _few(patients: NDArray[np.int64], floor: int) -> bool:
+    """Whether there is somebody, and not enough of them."""
+    return 0 < len(np.unique(patients)) < floor
+
+
+def _hide_more(
+    hidden: NDArray[np.bool_], member: NDArray[np.bool_], patients: NDArray[np.int64], floor: int
+) -> NDArray[np.bool_]:
+    """Exclusive classes add up: the hidden ones together must be no small cell either.
+
+    Args:
+        member: ``[N, K]``, whether an image is of a class.
+    """
+    hidden = hidden.copy()
+    sizes = np.array([len(np.unique(patients[m])) for m in member.T])
+    while hidden.any() and not hidden.all():
+        together = len(np.unique(patients[member[:, hidden].any(axis=1)]))
+        if together == 0 or together >= floor:
+            break
+        hidden[np.argmin(np.where(hidden, np.iinfo(np.int64).max, sizes))] = True
+    return hidden
+
+
+def _told_sums(sums: Counts, parts: Counts, patients: NDArray[np.int64], floor: int) -> Counts:
+    """Structures that enough patients have; the number of all images only where the patients
+    without a structure are none or enough, too."""
+    defined = parts[:, :, _COLUMN["defined"]] > 0
+    found = sums.copy()
+    for index, has in enumerate(defined.T):
+        if _few(patients[has], floor):
+            found[index] = 0
+        if _few(patients[~has], floor):
+            found[:, _COLUMN["images"]] = 0
+    return found
+
+
+def noise_of(told: Counts, task: TaskSpec, spec: DPSpec | None) -> NDArray[np.float64]:
+    """Variance of the noise in what a site told.
+
+    Returns:
+        Classification: of each of its cells (``cells_of``): that of all bins told together.
+        Segmentation: of each sum, in the summary's shape.
+    """
+    variance = 0.0 if spec is None else noise_std(task, spec) ** 2
+    if task.kind is TaskKind.SEGMENTATION:
+        unit = np.array([float(_UNIT.get(name, 0)) for name in SUMS])
+        return np.where(told[:, [_COLUMN["defined"]]] > 0, variance * unit**2, 0.0)
+    cells = cells_of(told)
+    return np.asarray(variance * (cells[:, 3] - cells[:, 2] + 1.0))
