@@ -42,7 +42,9 @@ def write_report(run: Path) -> ReportFiles:
         CheckpointError: the report cannot be written.
     """
     study = open_study(run)
-    content, drawings = document(study), plots(study)
+    content = document(study)
+    drawings = {name: plot for name, plot in plots(study).items() if name in content.plots}
+    content = content.with_plots(drawings)
     images = page.draw(drawings)
     patients = notice.notice(study)
     texts = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -149,3 +150,19 @@ class Document:
     subtitle: str
     banners: tuple[Text, ...]
     sections: tuple[Section, ...]
+
+    @property
+    def plots(self) -> frozenset[str]:
+        """Names of the plots it has a place for."""
+        blocks = (block for section in self.sections for block in section.blocks)
+        return frozenset(block.plot for block in blocks if isinstance(block, Figure))
+
+    def with_plots(self, drawn: Collection[str]) -> Document:
+        """The report without places for plots that could not be drawn."""
+        sections = (
+            replace(section, blocks=tuple(
+                b for b in section.blocks if not isinstance(b, Figure) or b.plot in drawn
+            ))
+            for section in self.sections
+        )  # fmt: skip
+        return replace(self, sections=tuple(sections))

@@ -36,14 +36,21 @@ TERMS: Final[Mapping[str, Term]] = {
     "dice": Term("Dice", "overlap of the drawn and the true structure; 1 is perfect"),
     "surface_dice": Term("Surface Dice", "share of the surfaces that agree within the tolerance"),
     "hd95": Term("HD95", "95th percentile of the distances between the surfaces", "distance"),
-    "volume_error": Term("Volume error", "drawn minus true volume, over the true one", "change"),
+    "volume_error": Term(
+        "Volume error", "mean size of the difference from the true volume, over it", "share"
+    ),
+    "volume_bias": Term(
+        "Volume bias",
+        "mean difference from the true volume, over it; + is drawn too large",
+        "change",
+    ),
     "loss": Term("Loss", "what training minimises"),
     "coverage": Term("Coverage", "share of cases whose prediction set holds the truth", "share"),
     "set_size": Term("Set size", "mean number of classes in a prediction set", "distance"),
     "referred": Term("Referred", "share of cases handed to a person", "share"),
 }
 
-LOWER_IS_BETTER: Final = frozenset({"brier", "ece", "hd95", "loss"})
+LOWER_IS_BETTER: Final = frozenset({"brier", "ece", "hd95", "volume_error", "loss"})
 
 
 def split(metric: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,15 @@ from studies import CLASSES, SITES, write_run
 
 from fedmed.cli.main import main
 from fedmed.codec import decode, encode
-from fedmed.evaluation.evidence import Evidence, Figure, Gap, Performance, Subgroups, Verdict
+from fedmed.evaluation.evidence import (
+    Evidence,
+    Figure,
+    Gap,
+    Guarantee,
+    Performance,
+    Subgroups,
+    Verdict,
+)
 from fedmed.report import terms
 from fedmed.report.build import write_report
 from fedmed.report.context import open_study
@@ -208,6 +217,31 @@ def test_names_from_the_run_are_text_and_never_markup(tmp_path):
     assert "<script>alert" not in html
     assert len(Page(html).all("script")) == 2
     assert "<script>" not in (run / "report" / "card.md").read_text().replace("\\<", "")
+
+
+def test_the_least_evidence_makes_a_report_too(tmp_path):
+    """As a coordinator has it: no site's log, no curve, no groups, no thresholds."""
+    run = write_run(tmp_path / "run")
+    content = evidence(run)
+    bare = replace(
+        content, operating=(), calibration=(), subgroups=(), conformal=None, matrix=(),
+        comparisons=(), limits=(), sites=content.sites[:1],
+        run=replace(content.run, unit="image", guarantees=(
+            Guarantee("site-1", None, None, unbounded=True), Guarantee("site-2", 2.0, 1e-5),
+        )),
+    )  # fmt: skip
+    shutil.rmtree(run)
+    (run / "evidence").mkdir(parents=True)
+    (run / "evidence" / "evidence.json").write_text(encode(bare))
+    written = write_report(run)
+    text = page(run).text
+    assert "No limit holds at site-1" in text
+    assert "protected less than the numbers say" in text
+    assert "Whether the model serves all patients equally is unknown." in text
+    assert "No validation was made during training" in text
+    assert "holds no site's audit log" in text
+    assert not any(name.startswith("plots/") for name in written.files)
+    assert "did not use it at all times" in (run / "report" / "notice.md").read_text()
 
 
 def test_a_second_report_leaves_no_plot_of_the_first(tmp_path):

@@ -12,8 +12,8 @@ from fedmed.report.sections.common import VERDICTS, figure_names, performances, 
 
 ITEMS = ("CHAI: Key metrics, fairness", "TRIPOD+AI 3c, 12f, 14, 23a")
 _LEGEND = (
-    "Gap: the interval, widened for the number of comparisons, excludes zero. The group does worse "
-    "than all others, or better, and they worse.",
+    "Gap: the interval, widened for the number of comparisons, excludes zero and passes the margin "
+    "of what counts as none. The group does worse than all others, or better, and they worse.",
     "Similar: the widened interval lies within the margin on both sides.",
     "Undecided: the data fit a gap as well as none. This is not a finding of fairness.",
     "Insufficient data: too few patients or cases to look. This is not a finding of fairness.",
@@ -33,7 +33,9 @@ def section(study: Study) -> Section:
         )
         return Section("groups", title, ITEMS, (text,))
     gaps = [g for s in subgroups for g in s.gaps]
-    blocks: list[Block] = [Text(verdict(subgroups), _tone(gaps)), Bullets(_LEGEND)]
+    blocks: list[Block] = [Text(verdict(subgroups), _tone(gaps))]
+    if gaps:
+        blocks.append(Bullets(_LEGEND))
     shown = dict.fromkeys(g.metric for g in gaps if g.difference.value is not None)
     blocks += [Figure(plot_name(metric)) for metric in shown]
     for i, column in enumerate(subgroups):
@@ -71,7 +73,10 @@ def verdict(subgroups: Sequence[Subgroups]) -> str:
     """What the comparisons show, in a few sentences."""
     gaps = [g for s in subgroups for g in s.gaps]
     if not gaps:
-        return "Groups were measured but not compared."
+        return (
+            "No group has enough patients to be compared with the others: whether the model serves "
+            "all patients equally is unknown."
+        )
     open_ = sum(g.verdict in (Verdict.UNDECIDED, Verdict.INSUFFICIENT) for g in gaps)
     sentences = []
     if worse := found(subgroups, worse=True):
