@@ -102,7 +102,8 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Show the findings; make the release where all passed."""
-    from fedmed.release.build import make_release, read_evidence
+    from fedmed.evaluation.evidencefile import read_evidence
+    from fedmed.release.build import make_release
     from fedmed.release.criteria import check
 
     criteria = _criteria(args.criteria)

@@ -28,13 +28,13 @@ def run(args: argparse.Namespace) -> int:
         DataError: the folder holds no finished run, or its evidence cannot be read.
         CheckpointError: the report cannot be written.
     """
+    from fedmed.evaluation.evidencefile import is_current
     from fedmed.report.build import write_report
-    from fedmed.report.trace import EVIDENCE
 
-    if not (args.run / EVIDENCE).is_file():
-        from fedmed.experiment.evidence import ensure_evidence
+    if not is_current(args.run):
+        from fedmed.experiment.evidence import EvidenceOptions, make_evidence
 
-        ensure_evidence(args.run)
+        make_evidence(args.run, EvidenceOptions())
     written = write_report(args.run)
     if args.json:
         facts = {"folder": str(written.folder), "files": list(written.files)}

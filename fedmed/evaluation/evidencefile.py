@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from fedmed.codec import decode, plain
+from fedmed.data.files import sha256_file
 from fedmed.errors import CheckpointError, ConfigError, DataError
 from fedmed.evaluation.evidence import FORMAT, Evidence
 from fedmed.files import atomic_writer
@@ -35,6 +36,18 @@ def read_evidence(run: Path) -> Evidence:
     if found.format != FORMAT:
         raise DataError(f"{path} has format={found.format}, expected {FORMAT}", remedy)
     return found
+
+
+def is_current(run: Path) -> bool:
+    """Whether a run has evidence, and it is about the weights that lie there.
+
+    Raises:
+        DataError: the evidence cannot be read.
+    """
+    if not (run / EVIDENCE).exists():
+        return False
+    weights = run / "model.safetensors"
+    return not weights.exists() or read_evidence(run).model_sha256 == sha256_file(weights)
 
 
 def write_evidence(run: Path, evidence: Evidence) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Final
 
 from fedmed import __version__
-from fedmed.data.files import sha256_file
 from fedmed.errors import CheckpointError, ConfigError, DataError
 from fedmed.evaluation.answers import answer
 from fedmed.evaluation.assess import assess
@@ -29,8 +28,8 @@ from fedmed.evaluation.evidence import (
     Source,
     SourceKind,
 )
-from fedmed.evaluation.evidencefile import EVIDENCE, FOLDER, read_evidence, write_evidence
-from fedmed.experiment.finished import MODEL, FinishedRun
+from fedmed.evaluation.evidencefile import EVIDENCE, FOLDER, write_evidence
+from fedmed.experiment.finished import FinishedRun
 from fedmed.experiment.rivals import Rivals
 from fedmed.federation.policy import public_size
 from fedmed.federation.told import read_evaluation, told_evidence
@@ -73,16 +72,6 @@ class EvidenceOptions:
             )
         if self.min_cell < 1:
             raise ConfigError(f"expected --min-cell={self.min_cell} >= 1")
-
-
-def ensure_evidence(folder: Path) -> Evidence:
-    """The evidence of a run, made first if there is none for its present weights."""
-    model = folder / MODEL
-    if (folder / EVIDENCE).exists():
-        found = read_evidence(folder)
-        if not model.exists() or found.model_sha256 == sha256_file(model):
-            return found
-    return make_evidence(folder, EvidenceOptions())
 
 
 def make_evidence(folder: Path, options: EvidenceOptions) -> Evidence:

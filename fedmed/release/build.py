@@ -15,11 +15,13 @@ from typing import Any, Final
 
 from fedmed import __version__
 from fedmed.audit.log import verify as verify_log
-from fedmed.codec import decode, plain
+from fedmed.codec import plain
 from fedmed.config.compose import load_file
 from fedmed.config.schema import Config
 from fedmed.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedmed.evaluation.evidence import Evidence
+from fedmed.evaluation.evidencefile import EVIDENCE as EVIDENCE_IN_RUN
+from fedmed.evaluation.evidencefile import read_evidence
 from fedmed.experiment.plan import prep_spec, task_spec
 from fedmed.release import records
 from fedmed.release.criteria import Criteria, check
@@ -41,26 +43,7 @@ from fedmed.release.records import (
 )
 from fedmed.types import TaskKind, TaskSpec
 
-EVIDENCE_IN_RUN: Final = "evidence/evidence.json"
 REPORT: Final = "report"
-
-
-def read_evidence(run: Path) -> Evidence:
-    """A run's evidence.
-
-    Raises:
-        DataError: missing or unreadable.
-    """
-    path = run / EVIDENCE_IN_RUN
-    try:
-        return decode(Evidence, path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}", f"make it: fedmed evaluate {run}"
-        ) from error
-    except (ConfigError, UnicodeDecodeError) as error:
-        problem = error.problem if isinstance(error, ConfigError) else "no text"
-        raise DataError(f"{path}: {problem}", f"make it anew: fedmed evaluate {run}") from error
 
 
 def make_release(run: Path, out: Path, criteria: Criteria, name: str | None = None) -> Manifest:

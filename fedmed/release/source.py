@@ -133,7 +133,9 @@ def _unverified_preparation(
         return _read_preparation((folder / PREPARATION).read_bytes())
     if (folder / "config.yaml").is_file():
         from fedmed.config.compose import load_file
-        from fedmed.release.build import EVIDENCE_IN_RUN, preparation, read_evidence
+        from fedmed.evaluation.evidencefile import EVIDENCE as EVIDENCE_IN_RUN
+        from fedmed.evaluation.evidencefile import read_evidence
+        from fedmed.release.build import preparation
 
         config = load_file(folder / "config.yaml")
         known = (folder / EVIDENCE_IN_RUN).is_file()

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from fedmed.evaluation.evidence import Figures, Performance
+from fedmed.evaluation.evidencefile import EVIDENCE
 from fedmed.report import curves
 from fedmed.report.context import Study
 from fedmed.report.sections import overview
 from fedmed.report.sections.privacy import most_found, most_right, odds_factor
-from fedmed.report.trace import CONFIG, EVIDENCE, trace
+from fedmed.report.trace import CONFIG, trace
 
 FORMAT: Final = 1
 

@@ -8,13 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedmed.codec import decode
-from fedmed.errors import ConfigError, DataError
-from fedmed.evaluation.evidence import FORMAT, Evidence, SourceKind
+from fedmed.evaluation.evidence import Evidence, SourceKind
+from fedmed.evaluation.evidencefile import EVIDENCE, read_evidence
 from fedmed.report import terms, wording
 from fedmed.report.document import Value
 from fedmed.report.sitelogs import SiteLog, site_logs
-from fedmed.report.trace import CONFIG, EVIDENCE, RunFiles, setting, trace
+from fedmed.report.trace import CONFIG, RunFiles, setting, trace
 
 _BAND = "A coarse public band; the exact number stays at the site."
 _CONFIGURED = "A setting of the run, in its config.yaml; public."
@@ -121,23 +120,7 @@ def open_study(folder: Path) -> Study:
         DataError: the folder has no evidence, or one that cannot be read.
     """
     files = RunFiles(folder)
-    if not files.has(EVIDENCE):
-        raise DataError(
-            f"{folder / EVIDENCE} does not exist", f"run fedmed evaluate {folder} first"
-        )
-    try:
-        text = (folder / EVIDENCE).read_text(encoding="utf-8")
-        evidence = decode(Evidence, text)
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise DataError(
-            f"{folder / EVIDENCE} is not a run's evidence: {error}", "evaluate the run anew"
-        ) from error
-    if evidence.format != FORMAT:
-        raise DataError(
-            f"{folder / EVIDENCE} has format={evidence.format}, expected {FORMAT}",
-            "evaluate the run anew with this version of fedmed",
-        )
-    return Study(evidence, files)
+    return Study(read_evidence(folder), files)
 
 
 def _number(value: Any) -> float | None:

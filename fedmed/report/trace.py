@@ -16,7 +16,6 @@ import yaml  # type: ignore[import-untyped]
 
 from fedmed.errors import DataError
 
-EVIDENCE: Final = "evidence/evidence.json"
 CONFIG: Final = "config.yaml"
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,16 @@ from fedmed.config.compose import load, load_file, to_yaml
 from fedmed.errors import DataError
 from fedmed.evaluation.casefile import read_cases
 from fedmed.evaluation.evidence import SourceKind
-from fedmed.evaluation.evidencefile import EVIDENCE, read_evidence
+from fedmed.evaluation.evidencefile import (
+    EVIDENCE,
+    is_current,
+    read_evidence,
+    write_evidence,
+)
 from fedmed.experiment.evidence import (
     TEST_CASES,
     VAL_CASES,
     EvidenceOptions,
-    ensure_evidence,
     make_evidence,
 )
 from fedmed.experiment.finished import FinishedRun
@@ -224,14 +228,19 @@ def test_images_that_changed_since_the_run_are_noticed(done):
         make_evidence(done.folder, FEW)
 
 
-def test_evidence_is_made_once_for_the_same_weights(done):
-    first = ensure_evidence(done.folder)
+def test_evidence_is_made_again_for_other_weights_only(done, capsys):
+    """By ``fedmed report``, which needs some."""
+    assert not is_current(done.folder)
+    assert main(["report", str(done.folder)]) == 0
+    assert is_current(done.folder)
     before = (done.folder / EVIDENCE).stat().st_mtime_ns
-    assert ensure_evidence(done.folder) == first
+    assert main(["report", str(done.folder)]) == 0
     assert (done.folder / EVIDENCE).stat().st_mtime_ns == before
-    text = (done.folder / EVIDENCE).read_text().replace(first.model_sha256, "0" * 64)
-    (done.folder / EVIDENCE).write_text(text)
-    assert ensure_evidence(done.folder) == first
+    first = read_evidence(done.folder)
+    write_evidence(done.folder, replace(first, model_sha256="0" * 64))
+    assert not is_current(done.folder)
+    assert main(["report", str(done.folder)]) == 0
+    assert read_evidence(done.folder).model_sha256 == first.model_sha256
 
 
 def test_weights_of_another_network_are_refused(done, capsys):

@@ -12,7 +12,8 @@ from safetensors.torch import load, save
 from fedmed.audit.log import verify as verify_log
 from fedmed.codec import encode
 from fedmed.errors import AuditError, CheckpointError, ConfigError, DataError, ModelError
-from fedmed.release.build import make_release, read_evidence
+from fedmed.evaluation.evidencefile import read_evidence
+from fedmed.release.build import make_release
 from fedmed.release.network import load_network, read_facts
 from fedmed.release.verify import check_files
 

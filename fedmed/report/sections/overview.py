@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fedmed.evaluation.evidence import RunFacts, Verdict
+from fedmed.evaluation.evidencefile import EVIDENCE
 from fedmed.report import terms, wording
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Bullets, Facts, Section, Text, Tiles, Value
 from fedmed.report.sections.common import sentence
-from fedmed.report.trace import EVIDENCE, trace
+from fedmed.report.trace import trace
 
 _ANSWERS = {
     "binary": "gives the probability that an image shows {last} (rather than {first})",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from fedmed.evaluation.evidencefile import EVIDENCE
 from fedmed.report import curves as learning
 from fedmed.report import terms
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Facts, Figure, Folded, Row, Section, Table, Text, Value
-from fedmed.report.trace import CONFIG, EVIDENCE, trace
+from fedmed.report.trace import CONFIG, trace
 
 _SETTINGS = (
     ("Image size", ("data", "image_size")),
