@@ -57,7 +57,7 @@ def _all(study: Study) -> Iterator[Plot]:
     name = terms.name(evidence.metric, evidence.run.distance_unit)
     figures = [(title(s.name), s.figures.get(evidence.metric))
                for s in (*evidence.sites, evidence.pooled)]  # fmt: skip
-    if rows := _measured(figures, evidence.metric):
+    if len(rows := _measured(figures, evidence.metric)) > 1:
         yield Plot("sites", f"{name} by site", _spoken(f"{name} with 95 % intervals", rows),
                    charts.forest(rows, name, "Site"))  # fmt: skip
     gaps = [(s.column, g) for s in evidence.subgroups for g in s.gaps]
@@ -86,7 +86,7 @@ def _all(study: Study) -> Iterator[Plot]:
                        charts.reliability(bins))  # fmt: skip
     if conformal := evidence.conformal:
         covered = [(title(site), figure) for site, figure in conformal.coverage.items()]
-        if rows := _measured(covered, "coverage"):
+        if len(rows := _measured(covered, "coverage")) > 1:
             chart = charts.forest(rows, "Coverage", "Site", rule=conformal.level, share=True)
             promised = f"{terms.percent(conformal.level)} promised"
             yield Plot("coverage", f"Coverage of prediction sets, {promised}",
@@ -113,7 +113,7 @@ def _all(study: Study) -> Iterator[Plot]:
 def _rounds(study: Study) -> Iterator[Plot]:
     """Lines over the rounds: learning curve, norms, ε."""
     curve = curves.curve(study)
-    if curve.points:
+    if len({p.round for p in curve.points}) > 1:
         name = terms.name(curve.metric)
         points = [
             {"round": p.round, "series": p.series, "value": p.value}
@@ -131,7 +131,7 @@ def _rounds(study: Study) -> Iterator[Plot]:
             for e in log.sent
             if isinstance(e.content.get(key), int | float)
         ]
-        if points:
+        if len({p["round"] for p in points}) > 1:
             yield Plot("norms" if key == "norm" else key, words, _ends(points, name),
                        charts.lines(points, name))  # fmt: skip
 

@@ -41,7 +41,7 @@ TERMS: Final[Mapping[str, Term]] = {
     ),
     "volume_bias": Term(
         "Volume bias",
-        "mean difference from the true volume, over it; + is drawn too large",
+        "mean difference from the true volume, over it; + is too large",
         "change",
     ),
     "loss": Term("Loss", "what training minimises"),

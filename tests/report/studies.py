@@ -115,7 +115,7 @@ class Maker:
             figures = {
                 "dice": self.figure(level), "surface_dice": self.figure(level - 0.1),
                 "hd95": self.figure(2.4, 0.4, bounded=False),
-                "volume_error": self.figure(-0.04, 0.05, bounded=False),
+                "volume_bias": self.figure(-0.04, 0.05, bounded=False),
                 **{f"dice_{c}": self.figure(level) for c in classes},
                 **{f"hd95_{c}": self.figure(2.4, bounded=False) for c in classes},
             }  # fmt: skip

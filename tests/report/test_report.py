@@ -323,7 +323,7 @@ def test_pointers_lead_back_to_their_value(tmp_path_factory, keys):
         ("sensitivity", -0.1, True, "\N{MINUS SIGN}10.0 points"),
         ("auroc", -0.0001, True, "0.000"),
         ("hd95_anterior", 2.345, False, "2.35"),
-        ("volume_error", 0.04, False, "+4.0 %"),
+        ("volume_bias", 0.04, False, "+4.0 %"),
     ],
 )
 def test_values_are_written_as_papers_write_them(metric, value, signed, text):
