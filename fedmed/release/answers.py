@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed.evaluation.conformal import prediction_sets, refer
 from fedmed.release.records import Preparation
 from fedmed.types import TaskKind, TaskSpec
 
@@ -26,7 +27,8 @@ class Answer:
     Attributes:
         probabilities: calibrated, one a class of the task.
         prediction: class names; binary and multiclass: exactly one; multilabel: any number.
-        members: classes of the prediction set, None where the model has none.
+        members: classes that the prediction set holds (multilabel: labels that may be present),
+            None where the model has none.
         refer: whether a person should look; None where nothing says so.
     """
 
@@ -73,26 +75,27 @@ def temperatures(preparation: Preparation) -> NDArray[np.float64]:
 def read_answers(chances: NDArray[np.float64], preparation: Preparation) -> list[Answer]:
     """Prediction, prediction set and flag of each row of probabilities ``[N, classes]``.
 
-    A set of one class is certain enough; an empty one, or one of several, goes to a person
-    (split-conformal sets, Vovk et al. 2005). Multilabel: a label in the set that is not
-    predicted, or predicted and not in the set, goes to a person.
+    The sets are those that the evidence judged (:mod:`fedmed.evaluation.conformal`): an image
+    goes to a person if some question's set is empty or holds several answers. So does one whose
+    only possible answer is not the one that the decision threshold gives.
     """
-    return [_answer(row, preparation) for row in chances]
-
-
-def _answer(row: NDArray[np.float64], preparation: Preparation) -> Answer:
-    task = preparation.task
-    prediction = _predicted(row, task, preparation)
-    least = preparation.conformal
+    task, least = preparation.task, preparation.conformal
+    predictions = [_predicted(row, task, preparation) for row in chances]
     if least is None:
-        return Answer(tuple(row.tolist()), prediction, None, None)
-    members = tuple(c for c, p in zip(task.classes, row, strict=True) if p >= least)
-    if task.kind is TaskKind.MULTILABEL:
-        refer = set(members) != set(prediction)
-    else:
-        # a set of one class that is not the predicted one: the threshold says otherwise
-        refer = members != prediction
-    return Answer(tuple(row.tolist()), prediction, members, refer)
+        return [
+            Answer(tuple(row.tolist()), prediction, None, None)
+            for row, prediction in zip(chances, predictions, strict=True)
+        ]
+    asked = chances[:, 1] if task.kind is TaskKind.BINARY else chances
+    sets = prediction_sets(asked, task, least)
+    possible = sets[:, :, 1] if task.kind is TaskKind.MULTILABEL else sets[:, 0]
+    members = [tuple(c for c, p in zip(task.classes, row, strict=True) if p) for row in possible]
+    return [
+        Answer(tuple(row.tolist()), prediction, found, bool(several) or found != prediction)
+        for row, prediction, found, several in zip(
+            chances, predictions, members, refer(sets), strict=True
+        )
+    ]
 
 
 def _predicted(

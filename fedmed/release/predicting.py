@@ -202,10 +202,12 @@ class _Worker:
             "mask": output.map("masks", item, found.labels),
             **{k: f"{n * voxel:.6g}" for k, n in zip(volumes, counts, strict=True)},
             "unit": unit,
-            "refer": "yes" if found.missing else "",
+            "refer": "yes" if found.missing or found.refer else "",
         }
         if found.missing:
             row["reason"] = f"no voxel of {', '.join(found.missing)}"
+        elif found.refer:
+            row["reason"] = "much of the mask is in doubt"
         if found.doubt is not None:
             row["doubt"] = output.map("doubt", item, found.doubt)
             row["doubt_share"] = f"{float(found.doubt.mean()):.6f}"

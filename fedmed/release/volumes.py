@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedmed.data.images import RawImage
 from fedmed.data.prepare import prepare_image, prepare_volume
 from fedmed.data.spec import PrepSpec
+from fedmed.evaluation.conformal import refer_maps
 from fedmed.release.answers import temperatures
 from fedmed.release.records import Preparation
 from fedmed.types import TaskSpec
@@ -51,11 +52,13 @@ class Map:
         doubt: uint8 ``[*S]``, 1 where the map of voxels that may belong to a structure and the
             label disagree; None without a conformal threshold.
         missing: names of structures of which the image shows nothing.
+        refer: much of the map is in doubt; None without a conformal threshold.
     """
 
     labels: NDArray[np.uint8]
     doubt: NDArray[np.uint8] | None
     missing: tuple[str, ...]
+    refer: bool | None = None
 
 
 def place(raw: RawImage, task: TaskSpec, prep: PrepSpec, what: str) -> Placed:
@@ -157,19 +160,15 @@ def _turned(
 
 def _map(chances: torch.Tensor, task: TaskSpec, least: float | None) -> Map:
     one = task.out_channels == 1
-    structures = chances if one else chances[1:]
     labels = (chances[0] > 0.5).long() if one else chances.argmax(dim=0)
     stored = labels.numpy().astype(np.uint8)
-    doubt = None
+    doubt, refer = None, None
     if least is not None:
-        differ = (structures >= least) != _one_hot(labels, len(task.classes))
-        doubt = differ.any(dim=0).numpy().astype(np.uint8)
+        # as the evidence judged it: the probability of any structure
+        structure = (chances[0] if one else 1 - chances[0]).numpy()
+        possible = structure >= least
+        doubt = (possible != (stored > 0)).astype(np.uint8)
+        refer = bool(refer_maps(possible.mean(), (structure >= 0.5).mean()))
     present = set(np.unique(stored).tolist())
     missing = tuple(c for k, c in enumerate(task.classes, start=1) if k not in present)
-    return Map(stored, doubt, missing)
-
-
-def _one_hot(labels: Tensor, structures: int) -> Tensor:
-    import torch
-
-    return torch.stack([labels == k for k in range(1, structures + 1)])
+    return Map(stored, doubt, missing, refer)

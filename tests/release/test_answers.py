@@ -70,7 +70,14 @@ def test_labels_have_a_temperature_each():
         ("multiclass", [0.2, 0.5, 0.3], {"thresholds": {"b": 0.9}}, ("b",), None, None),
         ("multilabel", [0.2, 0.5, 0.9], {}, ("b", "c"), None, None),
         ("multilabel", [0.2, 0.4, 0.3], {}, (), None, None),
-        ("multilabel", [0.2, 0.5, 0.9], {"conformal": 0.5}, ("b", "c"), ("b", "c"), False),
+        ("multilabel", [0.2, 0.6, 0.9], {"conformal": 0.5}, ("b", "c"), ("b", "c"), False),
+        # as likely absent as present
+        ("multilabel", [0.2, 0.5, 0.9], {"conformal": 0.5}, ("b", "c"), ("b", "c"), True),
+        # neither absent nor present is likely enough
+        ("multilabel", [0.2, 0.6, 0.9], {"conformal": 0.7}, ("b", "c"), ("c",), True),
+        # surely absent, and above a low threshold
+        ("multilabel", [0.2, 0.6, 0.9], {"conformal": 0.5, "thresholds": {"a": 0.1}},
+         ("a", "b", "c"), ("b", "c"), True),
         ("multilabel", [0.2, 0.5, 0.9], {"conformal": 0.1}, ("b", "c"), ("a", "b", "c"), True),
     ],
 )  # fmt: skip

@@ -156,6 +156,7 @@ def test_doubt_is_where_map_and_label_disagree():
     assert found.doubt[:3, 0, 0].tolist() == [0, 1, 0]
     assert found.doubt.sum() == 1
     assert found.missing == ("back",)
+    assert found.refer  # one voxel of two
     # a threshold above a predicted voxel's probability puts that one in doubt
     found = segment(run, placed, preparation(conformal=0.8, level=0.9), 1)
     assert found.doubt[:3, 0, 0].tolist() == [1, 0, 0]

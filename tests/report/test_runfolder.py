@@ -78,7 +78,7 @@ def test_a_run_without_dp_has_null_epsilon_and_unit(tmp_path):
     assert plain.epsilon is None
 
 
-@given(st.one_of(st.floats(), st.floats(width=32).map(np.float32), st.integers().map(int)))
+@given(st.one_of(st.floats(), st.floats(width=32).map(np.float32), st.integers(-(2**53), 2**53)))
 def test_no_value_makes_the_json_loose(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("run")
     write_summary(folder, replace(PRIVATE, pooled={"loss": value}))
