@@ -157,9 +157,9 @@ class _Cells:
         places, which = np.unique(np.c_[cells[:, 1], ends], axis=0, return_inverse=True)
         (side, low, high), which = places.T, which.reshape(-1)
         count = np.bincount(which, cells[:, 4], len(places))
-        variance = np.bincount(which, variance, len(places))
+        spread = np.sqrt(np.bincount(which, variance, len(places)))
         shape = (DRAWS, len(places))
-        noise = rng.standard_normal(shape) * np.sqrt(variance)
+        noise = rng.standard_normal(shape) * spread
         sample = rng.poisson(count / cluster, shape) * cluster
         at = np.stack([low, high]) + side * 2 * self.coarse.bins
         at[1] += self.coarse.bins
