@@ -20,6 +20,7 @@ from fedmed.coordinator.enrolment import admit, invite
 from fedmed.coordinator.folder import StudyFolder, create_study
 from fedmed.errors import LinkRefused
 from fedmed.federation import messages
+from fedmed.federation.evaluation_task import EvaluationUpdate
 from fedmed.federation.files import Written, save_arrays
 from fedmed.federation.link.desk import Desk
 from fedmed.federation.link.grid import Issuer, LinkGrid
@@ -35,7 +36,6 @@ from fedmed.types import (
     AugmentSpec,
     ClientUpdate,
     DPRequest,
-    EvaluationUpdate,
     ModelSpec,
     OptimizerSpec,
     PackedArrays,

@@ -156,10 +156,10 @@ class _Cells:
         ends = cells[:, 2:4] * self.coarse.bins // grid.bins
         places, which = np.unique(np.c_[cells[:, 1], ends], axis=0, return_inverse=True)
         (side, low, high), which = places.T, which.reshape(-1)
-        count = np.bincount(which, cells[:, 4], len(places)).astype(np.float64)
-        spread = np.bincount(which, variance, len(places))
+        count = np.bincount(which, cells[:, 4], len(places))
+        spread = np.sqrt(np.bincount(which, variance, len(places)))
         shape = (DRAWS, len(places))
-        noise = rng.standard_normal(shape) * np.sqrt(spread)
+        noise = rng.standard_normal(shape) * spread
         sample = rng.poisson(count / cluster, shape) * cluster
         at = np.stack([low, high]) + side * 2 * self.coarse.bins
         at[1] += self.coarse.bins

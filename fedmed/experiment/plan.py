@@ -12,6 +12,7 @@ from typing import Any
 from fedmed.config.schema import Config
 from fedmed.data.spec import PartitionSpec, PrepSpec
 from fedmed.errors import ConfigError
+from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.policy import SitePolicy
 from fedmed.federation.summary_table import grid_of
 from fedmed.models.losses import default_loss
@@ -19,7 +20,6 @@ from fedmed.types import (
     AugmentSpec,
     Disclosure,
     DPRequest,
-    EvaluationRequest,
     ModelSpec,
     OptimizerSpec,
     PackedArrays,

@@ -23,17 +23,11 @@ from fedmed.errors import FedmedError, QuorumNotMet
 from fedmed.federation import messages
 from fedmed.federation.aggregation import Aggregation, make_aggregation
 from fedmed.federation.evaluation_round import EvaluationReport, ask_sites
+from fedmed.federation.evaluation_task import EvaluateTask, EvaluationRequest
 from fedmed.federation.state import Checkpoints, ServerState
 from fedmed.federation.strategies.state import load_state, save_state
 from fedmed.federation.validation import check_update
-from fedmed.types import (
-    ClientUpdate,
-    EvaluateTask,
-    EvaluationRequest,
-    PackedArrays,
-    Refusal,
-    TrainTask,
-)
+from fedmed.types import ClientUpdate, PackedArrays, Refusal, TrainTask
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from fedmed.evaluation.summary_figures import (
     told_figures,
 )
 from fedmed.federation.evaluation_round import EvaluationReport
+from fedmed.federation.evaluation_task import EvaluationRequest, EvaluationUpdate
 from fedmed.federation.files import save_arrays, write_atomic
 from fedmed.federation.summary_table import grid_of, unpack_summaries
-from fedmed.types import DPSpec, EvaluationRequest, EvaluationUpdate, Split, TaskKind, TaskSpec
+from fedmed.types import DPSpec, Split, TaskKind, TaskSpec
 
 FORMAT: Final = 1
 NAME: Final = "evaluation.json"

@@ -11,9 +11,10 @@ from flwr.serverapp import Grid
 
 from fedmed.errors import FedmedError, UpdateRejected
 from fedmed.federation import messages
+from fedmed.federation.evaluation_task import EvaluateTask, EvaluationUpdate
 from fedmed.federation.summary_table import BUFFER, summary_table
 from fedmed.privacy.sums import is_sum
-from fedmed.types import EvaluateTask, EvaluationUpdate, PackedArrays, Refusal
+from fedmed.types import PackedArrays, Refusal
 
 _POLL = 0.2
 _LARGEST = 1 << 53  # no sum of images comes near, and a double holds what is below exactly

@@ -10,21 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from fedmed.errors import CheckpointError, PolicyRefused
+from fedmed.federation.evaluation_task import EvaluateTask, EvaluationRequest, EvaluationUpdate
 from fedmed.federation.files import write_atomic
 from fedmed.federation.study import StudyPlan, difference
 from fedmed.federation.summary_table import BUFFER
 from fedmed.federation.validation import distance, fingerprint, squared_norm
 from fedmed.privacy.sums import is_sum
-from fedmed.types import (
-    ClientUpdate,
-    DPSpec,
-    EvaluateTask,
-    EvaluationRequest,
-    EvaluationUpdate,
-    PrivacyUnit,
-    TaskKind,
-    TrainTask,
-)
+from fedmed.types import ClientUpdate, DPSpec, PrivacyUnit, TaskKind, TrainTask
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,8 @@ from numpy.typing import NDArray
 
 from fedmed.codec import build, decode, encode
 from fedmed.errors import ConfigError, UpdateRejected
-from fedmed.types import (
-    ClientUpdate,
-    DPSpec,
-    EvaluateTask,
-    EvaluationRequest,
-    EvaluationUpdate,
-    PackedArrays,
-    Refusal,
-    TensorEntry,
-    TrainTask,
-)
+from fedmed.federation.evaluation_task import EvaluateTask, EvaluationRequest, EvaluationUpdate
+from fedmed.types import ClientUpdate, DPSpec, PackedArrays, Refusal, TensorEntry, TrainTask
 
 ARRAYS = "arrays"
 CONFIG = "config"

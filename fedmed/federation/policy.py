@@ -7,16 +7,10 @@ import math
 from dataclasses import dataclass
 
 from fedmed.errors import ConfigError, PolicyRefused
+from fedmed.federation.evaluation_task import EvaluateTask
 from fedmed.privacy.accountant import calibrate, default_delta
 from fedmed.privacy.sums import sum_mechanism
-from fedmed.types import (
-    Disclosure,
-    DPRequest,
-    DPSpec,
-    EvaluateTask,
-    PrivacyUnit,
-    TrainTask,
-)
+from fedmed.types import Disclosure, DPRequest, DPSpec, PrivacyUnit, TrainTask
 
 _calibrate = functools.lru_cache(maxsize=256)(calibrate)
 _sums = functools.lru_cache(maxsize=64)(sum_mechanism)

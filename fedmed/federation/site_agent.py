@@ -10,6 +10,7 @@ from typing import Protocol
 
 from fedmed.errors import FedmedError, PolicyRefused
 from fedmed.federation.accounts import Accounts
+from fedmed.federation.evaluation_task import EvaluateTask, EvaluationUpdate
 from fedmed.federation.policy import SitePolicy, public_size
 from fedmed.federation.site_state import SiteState
 from fedmed.federation.summary_table import summary_table
@@ -18,16 +19,7 @@ from fedmed.federation.validation import distance, fingerprint, squared_norm
 from fedmed.privacy.engine import DPEngine, Engine, PlainEngine
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.training.trainer import FitResult, Trainer, derived_seed
-from fedmed.types import (
-    ClientUpdate,
-    DPSpec,
-    EvaluateTask,
-    EvaluationUpdate,
-    PackedArrays,
-    PrivacyUnit,
-    Scalar,
-    TrainTask,
-)
+from fedmed.types import ClientUpdate, DPSpec, PackedArrays, PrivacyUnit, Scalar, TrainTask
 
 
 class Audit(Protocol):

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fedmed.codec import decode, encode
 from fedmed.errors import CheckpointError, ConfigError
+from fedmed.federation.evaluation_task import EvaluateTask, EvaluationUpdate
 from fedmed.federation.files import save_arrays, write_atomic
 from fedmed.federation.messages import decode_table, encode_table
 from fedmed.federation.validation import fingerprint
-from fedmed.types import ClientUpdate, EvaluateTask, EvaluationUpdate, PackedArrays, TrainTask
+from fedmed.types import ClientUpdate, PackedArrays, TrainTask
 
 Answer = TypeVar("Answer", ClientUpdate, EvaluationUpdate)
 _KEEP = 2  # rounds: the one being answered and the one a resumed run may repeat

@@ -17,13 +17,12 @@ from pathlib import Path
 
 from fedmed.codec import decode, encode, plain
 from fedmed.errors import ConfigError
+from fedmed.federation.evaluation_task import EvaluateTask, EvaluationRequest
 from fedmed.federation.summary_table import grid_of, summary_table
 from fedmed.types import (
     MOST_STEPS,
     AugmentSpec,
     DPRequest,
-    EvaluateTask,
-    EvaluationRequest,
     ModelSpec,
     OptimizerSpec,
     PackedArrays,

@@ -8,7 +8,8 @@ from typing import Final
 import numpy as np
 
 from fedmed.evaluation.summaries import Counts, Grid, shape_of
-from fedmed.types import EvaluationRequest, PackedArrays, Split, TaskSpec, TensorEntry
+from fedmed.federation.evaluation_task import EvaluationRequest
+from fedmed.types import PackedArrays, Split, TaskSpec, TensorEntry
 
 BUFFER: Final = "summaries.int64"
 """The one packed buffer of an evaluation's answer."""

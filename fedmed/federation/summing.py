@@ -12,11 +12,12 @@ from fedmed.data.site import PreparedSplit
 from fedmed.evaluation.split import predict_split
 from fedmed.evaluation.summaries import per_image, summarise
 from fedmed.evaluation.summary_release import tell_exact, tell_noisy
+from fedmed.federation.evaluation_task import EvaluateTask
 from fedmed.federation.summary_table import BUFFER, grid_of, summary_table
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.release import bounded_images
 from fedmed.training.trainer import Trainer
-from fedmed.types import DPSpec, EvaluateTask, PackedArrays
+from fedmed.types import DPSpec, PackedArrays
 
 
 def sum_up(

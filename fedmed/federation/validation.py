@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from fedmed.codec import encode
 from fedmed.errors import UpdateRejected
-from fedmed.types import ClientUpdate, EvaluateTask, PackedArrays, TrainTask
+from fedmed.federation.evaluation_task import EvaluateTask
+from fedmed.types import ClientUpdate, PackedArrays, TrainTask
 
 _PIECE = 1 << 18  # elements: their sum of squares is exact enough in float32
 LARGEST_NORM = 1e18

@@ -30,13 +30,14 @@ from fedmed.coordinator import enrolment
 from fedmed.coordinator.run import StudyRun
 from fedmed.errors import QuorumNotMet, RunStopped
 from fedmed.federation import messages
+from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.link import grid as grid_module
 from fedmed.federation.link import store as store_module
 from fedmed.federation.link.payload import check_payload, read_payload
 from fedmed.federation.link.store import RunState
 from fedmed.federation.state import Checkpoints, read_weights
 from fedmed.trust.statements import TaskStatement, peek
-from fedmed.types import EvaluationRequest, Split
+from fedmed.types import Split
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 RUN = "demo-1"

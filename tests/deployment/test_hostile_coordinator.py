@@ -29,9 +29,10 @@ from watching import Seen, watching
 from fedmed.audit.log import read
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.errors import ConfigError
+from fedmed.federation.evaluation_task import EvaluateTask, EvaluationRequest
 from fedmed.federation.kit import read_kit
 from fedmed.federation.link.payload import write_payload
-from fedmed.federation.messages import TASK, ViewArray
+from fedmed.federation.messages import TASK, ViewArray, evaluate_content
 from fedmed.hospital import service
 from fedmed.hospital.folder import HospitalFolder, create_site
 from fedmed.hospital.service import SiteService
@@ -45,6 +46,7 @@ from fedmed.types import (
     OptimizerSpec,
     PackedArrays,
     PrivacyUnit,
+    Split,
     TensorEntry,
 )
 
@@ -414,7 +416,6 @@ def other_study(a: StudyFolder, path: Path, **changes: object) -> StudyFolder:
     ("code", "changes", "rules"),
     [
         ("budget-exhausted", {}, {"max_epsilon": "0.5"}),
-        ("metrics-withheld", {"metrics": ("auroc",)}, {}),
         ("unit-not-allowed", {"dp": PrivacyUnit.IMAGE}, {}),
         ("dp-required", {"dp": None}, {}),
     ],
@@ -440,6 +441,41 @@ def test_rules_hold_against_the_plan(
     assert_nothing_done(outcome, a)
     assert_reason_is_clean(outcome.reason, a, canaries)
     assert "canary" not in outcome.reason
+
+
+NOISY = EvaluationRequest((Split.TEST,), 1.0, 4, 4.0)
+EXACT = replace(NOISY, target_epsilon=None)
+
+
+@pytest.mark.parametrize(
+    ("code", "planned", "asked", "rules"),
+    [
+        ("figures-differ", None, NOISY, {"metrics": '"noisy"'}),
+        ("figures-differ", NOISY, replace(NOISY, target_epsilon=99.0), {"metrics": '"noisy"'}),
+        ("figures-differ", NOISY, EXACT, {"metrics": '"noisy"'}),
+        ("figures-differ", NOISY, replace(NOISY, max_images_per_unit=9), {"metrics": '"noisy"'}),
+        ("metrics-withheld", NOISY, NOISY, {}),
+        ("noise-required", EXACT, EXACT, {"metrics": '"noisy"'}),
+        ("budget-exhausted", NOISY, NOISY, {"metrics": '"noisy"', "max_epsilon": "0.5"}),
+    ],
+)
+def test_figures_are_told_as_planned_and_allowed(
+    code: str,
+    planned: EvaluationRequest | None,
+    asked: EvaluationRequest,
+    rules: dict,
+    private_study: StudyFolder,
+    data: Path,
+    tmp_path: Path,
+    attacker: Attacker,  # has imported what a round needs
+) -> None:
+    folder = other_study(private_study, tmp_path / "study", evaluation=planned)
+    a = Attacker(folder, hospital(folder, tmp_path / "hospital", data, **rules))
+    task = EvaluateTask(a.task(round=folder.plan.rounds), asked)
+    outcome = a.send(evaluate_content(task))
+    a.close()
+    assert outcome.code == code
+    assert_nothing_done(outcome, a)
 
 
 # ---- damaged bytes

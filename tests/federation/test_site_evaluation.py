@@ -24,6 +24,7 @@ from fedmed.federation.accounts import Account, Accounts
 from fedmed.federation.client_app import make_client_app
 from fedmed.federation.evaluation_file import evaluation_of, write_evaluation
 from fedmed.federation.evaluation_round import ask_sites
+from fedmed.federation.evaluation_task import EvaluateTask, EvaluationRequest, EvaluationUpdate
 from fedmed.federation.flower import context_of
 from fedmed.federation.gate import Gate, Progress
 from fedmed.federation.policy import SitePolicy
@@ -35,17 +36,7 @@ from fedmed.privacy.sums import is_sum, sum_mechanism
 from fedmed.training.arrays import pack
 from fedmed.training.build import build
 from fedmed.training.trainer import Trainer
-from fedmed.types import (
-    Disclosure,
-    DPRequest,
-    EvaluateTask,
-    EvaluationRequest,
-    EvaluationUpdate,
-    ModelSpec,
-    PackedArrays,
-    PrivacyUnit,
-    Split,
-)
+from fedmed.types import Disclosure, DPRequest, ModelSpec, PackedArrays, PrivacyUnit, Split
 
 MODEL = ModelSpec("resnet", {"block_inplanes": (4, 4, 4, 4), "layers": (1, 1, 1, 1)})
 DP = DPRequest(PrivacyUnit.PATIENT, None, 1.0, 1.0, 6)

@@ -14,6 +14,7 @@ from small_study import COUNTS, DP, PARAMS, TABLE, numbers, small_plan, task_of
 from fedmed.codec import encode, plain
 from fedmed.errors import ConfigError
 from fedmed.federation import study
+from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.study import (
     Preparation,
     StudyPlan,
@@ -25,7 +26,6 @@ from fedmed.federation.study import (
 from fedmed.types import (
     AugmentSpec,
     DPRequest,
-    EvaluationRequest,
     ModelSpec,
     OptimizerSpec,
     PackedArrays,

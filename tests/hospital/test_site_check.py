@@ -17,6 +17,7 @@ from fedmed.audit.log import AuditLog
 from fedmed.cli.main import main
 from fedmed.config.compose import load
 from fedmed.data.synthetic import SyntheticSpec, make_phantoms
+from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.gate import Progress
 from fedmed.federation.link import client as client_module
 from fedmed.federation.link import listener as listener_module
@@ -26,7 +27,7 @@ from fedmed.hospital.check import check_site
 from fedmed.hospital.checks_machine import package_hash
 from fedmed.privacy.ledger import Ledger
 from fedmed.trust import certificates
-from fedmed.types import DPSpec, EvaluationRequest, PrivacyUnit, Split
+from fedmed.types import DPSpec, PrivacyUnit, Split
 
 TINY = (
     "data=synthetic",

@@ -9,6 +9,7 @@ from flwr.app import Message, RecordDict
 
 from fedmed.errors import FedmedError, UpdateRejected
 from fedmed.federation.client_app import make_client_app
+from fedmed.federation.evaluation_task import EvaluateTask
 from fedmed.federation.flower import RUN_ID, context_of, identify
 from fedmed.federation.link.payload import Payload, read_payload, write_payload
 from fedmed.federation.messages import (
@@ -19,7 +20,7 @@ from fedmed.federation.messages import (
     refuse,
 )
 from fedmed.federation.site_agent import SiteAgent
-from fedmed.types import EvaluateTask, Refusal, TrainTask
+from fedmed.types import Refusal, TrainTask
 
 _NODE: Final = 2
 
