@@ -244,6 +244,20 @@ def test_the_least_evidence_makes_a_report_too(tmp_path):
     assert "did not use it at all times" in (run / "report" / "notice.md").read_text()
 
 
+@pytest.mark.parametrize(("high", "told"), [(0.89, True), (0.95, False)])
+def test_sets_that_hold_less_than_promised_are_named(tmp_path, high, told):
+    run = write_run(tmp_path / "run")
+    content = evidence(run)
+    sets = content.conformal
+    pooled = replace(sets.coverage["pooled"], value=0.85, low=0.8, high=high)
+    other = {name: replace(f, value=0.91, high=0.97) for name, f in sets.coverage.items()}
+    changed = replace(content, conformal=replace(sets, coverage={**other, "pooled": pooled}))
+    (run / "evidence" / "evidence.json").write_text(encode(changed))
+    write_report(run)
+    said = "The promise is not kept on test images (All sites together)"
+    assert (said in page(run).text) is told
+
+
 def test_a_second_report_leaves_no_plot_of_the_first(tmp_path):
     run = write_run(tmp_path / "run")
     write_report(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedmed.evaluation import evidence
 from fedmed.report import terms
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Figure, Folded, Row, Section, Table, Text
@@ -129,9 +130,24 @@ def prediction_sets(study: Study) -> Section | None:
     blocks: list[Block] = [Text(words)]
     if conformal.note:
         blocks.append(Text(sentence(conformal.note), "quiet"))
+    missed = [n for n in names if _below(conformal.coverage.get(n), conformal.level)]
+    if missed:
+        where = ", ".join(title(name) for name in missed)
+        blocks.append(
+            Text(
+                f"The promise is not kept on test images ({where}): the whole interval of the "
+                f"coverage lies below {level}. These patients are not like the validation ones; "
+                "do not rely on the sets there.",
+                "bad",
+            )
+        )
     table = reduced(Table("Prediction sets on test images", head, tuple(rows)))
     if isinstance(table, Table):
         blocks.append(Figure("coverage"))
     blocks.append(table)
     items = (SAFETY, "TRIPOD+AI 15, 23a")
     return Section("sets", "Prediction sets and referral", items, tuple(blocks))
+
+
+def _below(coverage: evidence.Figure | None, level: float) -> bool:
+    return coverage is not None and coverage.high is not None and coverage.high < level
