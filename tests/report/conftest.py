@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from studies import write_run
+from reported import write_run
 
 from fedmed.report.build import write_report
 

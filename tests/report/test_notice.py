@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from studies import write_run
+from reported import write_run
 
 from fedmed.report.context import Study, open_study
 from fedmed.report.notice import notice

@@ -16,7 +16,7 @@ import pytest
 from checking import Page, resolve
 from hypothesis import given
 from hypothesis import strategies as st
-from studies import CLASSES, SITES, write_run
+from reported import CLASSES, SITES, write_run
 
 from fedmed.cli.main import main
 from fedmed.codec import decode, encode
