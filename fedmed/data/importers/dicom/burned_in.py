@@ -1,8 +1,9 @@
 """Text in the pixels: which objects are suspect, and what a text detector finds in them.
 
 DICOM marks burned-in annotation with BurnedInAnnotation (PS3.3, C.7.6.1.1.3), but few devices
-fill it. So an object that is marked YES, or of a kind that often holds text and not marked NO, is set aside
-until a person has looked at it. What is marked NO is believed only where no text is found.
+fill it. So an object that is marked YES, or of a kind that often holds text and not marked NO,
+is set aside until a person has looked at it. What is marked NO is believed only where no text
+is found.
 """
 
 from __future__ import annotations

@@ -189,15 +189,20 @@ def _nifti(path: Path, classes: Sequence[str], volume: Volume) -> Iterator[tuple
     """The same grid in any order and direction of its axes."""
     import nibabel
 
-    from fedmed.data.images import read_mask
-    from fedmed.errors import DataError
-
     try:
-        mask = read_mask(path, "mask", dims=3)
-    except DataError as error:
-        raise Unusable("mask is no readable NIfTI of whole numbers") from error
-    affine = np.eye(4) if mask.affine is None else mask.affine
-    labels = mask.voxels[0]
+        image = nibabel.load(path)
+        shape = tuple(n for n in image.shape[:3]) + tuple(n for n in image.shape[3:] if n != 1)
+        if len(shape) != 3 or np.prod(shape, dtype=float) > volume.voxels.size:
+            raise Unusable("mask on another grid than the image")
+        values = np.asarray(image.dataobj).reshape(shape)
+        affine = np.asarray(image.affine, dtype=np.float64)
+        labels = np.rint(values).astype(np.int64)
+    except (Unusable, MemoryError):
+        raise
+    except Exception as error:  # nibabel raises whatever a broken file makes it raise
+        raise Unusable("mask is no readable NIfTI file") from error
+    if (labels != values).any() or labels.min() < 0:
+        raise Unusable("mask holds values that are no labels")
     turn = nibabel.io_orientation(np.linalg.inv(volume.affine) @ affine)
     turned = nibabel.apply_orientation(labels, turn)
     placed = affine @ nibabel.orientations.inv_ornt_aff(turn, labels.shape)
