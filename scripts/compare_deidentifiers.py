@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data" / "dicom"))
-from canaries import Planter, all_keywords, found_in, plant, table_keywords  # noqa: E402
+from canaries import Planter, all_keywords, found_in, plant, table_keywords
 
 Tool = Callable[[Path, Path], None]
 

@@ -61,6 +61,9 @@ def _add_check(actions: _Actions) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="count likely mistakes as errors, not warnings"
     )
+    parser.add_argument(
+        "--no-privacy", action="store_true", help="do not look for identifiers in the folder"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(handler=run)
 
@@ -68,7 +71,13 @@ def _add_check(actions: _Actions) -> None:
 def _check(args: argparse.Namespace) -> int:
     from fedmed.data.check import check_folder
 
-    report = check_folder(args.dir, _task(args), deep=not args.fast, strict=args.strict)
+    report = check_folder(
+        args.dir,
+        _task(args),
+        deep=not args.fast,
+        strict=args.strict,
+        privacy=not args.no_privacy,
+    )
     status = 2 if report.errors else 0
     if args.json:
         facts = {
