@@ -18,8 +18,10 @@ from fedmed.data.check import check_folder
 from fedmed.data.manifest import write_manifest
 from fedmed.data.privacy_patterns import find, looks_like_a_name, masked
 
-SECRETS = ("Doe^Jane", "19470213", "1947-02-13", "jane.doe@clinic.org", "MRN 4471182", "078-05-1120",
-           "1.2.826.0.1.3680043.8.498.4471182", "+49 30 1234 5678")  # fmt: skip
+SECRETS = (
+    "Doe^Jane", "19470213", "1947-02-13", "jane.doe@clinic.org", "MRN 4471182", "078-05-1120",
+    "1.2.826.0.1.3680043.8.498.4471182", "+49 30 1234 5678",
+)  # fmt: skip
 
 
 @pytest.fixture

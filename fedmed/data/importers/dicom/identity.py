@@ -18,6 +18,7 @@ from typing import Final
 
 from fedmed.errors import DataError
 
+KEY_NAME: Final = "identity.key"
 KEY_BYTES: Final = 32
 _DIGITS: Final = 32  # hexadecimal, 128 bits: no two patients meet
 _MOST_SHIFT: Final = 3650  # days

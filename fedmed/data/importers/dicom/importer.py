@@ -19,7 +19,7 @@ from fedmed.data.importers.dicom.archive import find_files
 from fedmed.data.importers.dicom.burned_in import Detect
 from fedmed.data.importers.dicom.convert import Settings
 from fedmed.data.importers.dicom.facts import BROKEN, SKIPPED
-from fedmed.data.importers.dicom.identity import load_key, private_folder
+from fedmed.data.importers.dicom.identity import KEY_NAME, load_key, private_folder
 from fedmed.data.importers.dicom.labels import LabelTable, read_labels, read_optouts
 from fedmed.data.importers.dicom.link_masks import link_masks
 from fedmed.data.importers.dicom.options import DicomOptions, private_folder_of
@@ -34,7 +34,6 @@ from fedmed.data.importers.staging import check_free
 from fedmed.data.manifest import OPTOUT, read_optout
 from fedmed.errors import DataError
 
-KEY_NAME: Final = "identity.key"
 _OPTED_OUT: Final = "patient opted out"
 
 
