@@ -9,7 +9,7 @@ import resource
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 from fedmed.data.importers.dicom.burned_in import Detect
 from fedmed.data.importers.dicom.convert import Settings, convert
@@ -17,8 +17,6 @@ from fedmed.data.importers.dicom.identity import SiteKey
 from fedmed.data.importers.dicom.quarantine import Review
 from fedmed.data.importers.dicom.rules import Rules
 from fedmed.data.importers.dicom.scan import scan_file
-
-_NICE: Final = 5
 
 
 def quiet() -> None:
@@ -84,7 +82,6 @@ def serve(lines: BinaryIO, out: BinaryIO) -> None:
     limit = setup["memory"]
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no memory image with names in it
-    os.nice(_NICE)
     quiet()
     settings = read_setup(setup)
     for line in lines:
