@@ -6,7 +6,7 @@ pseudonyms, numbers and words of closed lists only.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 IMAGE: Final = "image"
@@ -74,7 +74,7 @@ class Facts:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, defaults left out."""
         return {
-            name: value for name, value in asdict(self).items() if value not in (_DEFAULT[name], ())
+            name: value for name, value in vars(self).items() if value not in (_DEFAULT[name], ())
         }
 
     @classmethod

@@ -156,17 +156,9 @@ class _Import:
             for row in self.rows:
                 row["label"] = ""
             site.tally.notes.append("no labels or masks were given: the column label is empty")
-        empty = {name for row in self.rows for name in row} - {
-            name for row in self.rows for name, cell in row.items() if cell
-        }
-        site.rows = [
-            {
-                name: row.get(name, "")
-                for name in _ordered(self.rows)
-                if name not in empty - {"label"}
-            }
-            for row in self.rows
-        ]
+        filled = {name for row in self.rows for name, cell in row.items() if cell} | {"label"}
+        columns = [name for name in _ordered(self.rows) if name in filled]
+        site.rows = [{name: row.get(name, "") for name in columns} for row in self.rows]
         for row in self.rows:
             for path in filter(None, (row["image"], row.get("mask"))):
                 target = site.folder / path
