@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedmed.data.fingerprint import rows_digest
 from fedmed.data.manifest import MANIFEST, ImageRecord, Manifest, read_manifest, read_optout
 from fedmed.data.partition import partition
 from fedmed.data.prepare import prepare_records
@@ -253,7 +254,7 @@ def _load(
     unlabelled: int,
     allow_one_class: bool,
 ) -> SiteData:
-    fingerprint = _rows_digest(manifest.root, records)
+    fingerprint = rows_digest(manifest.root, records)
     gone = read_optout(manifest.root)
     records = [record for record in records if record.patient_id not in gone]
     training = [record for record in records if record.split is Split.TRAIN]
@@ -287,21 +288,6 @@ def _load(
         sources=(OptOutSource(manifest.root),),
         rows=fingerprint,
     )
-
-
-def _rows_digest(root: Path, records: Sequence[ImageRecord]) -> str:
-    """Hash of rows and of the sizes of their files, none of which is opened."""
-    digest = hashlib.sha256()
-    for record in records:
-        sizes = []
-        for path in filter(None, (record.image, record.mask)):
-            try:
-                sizes.append((root / path).stat().st_size)
-            except OSError:
-                sizes.append(-1)
-        target = (record.label, record.labels, record.mask)
-        digest.update(repr((record.split.value, record.image, target, sizes)).encode())
-    return digest.hexdigest()
 
 
 def _prepare(
