@@ -272,6 +272,12 @@ def test_opted_out_patients_files_are_not_opened_again(tmp_path, monkeypatch):
     (stranger,) = read_optout(dst)
     assert len(stranger) == 32
     assert b"MRN" not in b"".join(contents(dst).values())
+    (entry,) = (
+        json.loads(line)[1]
+        for line in (tmp_path / "dst.private" / "scan.jsonl").read_text().splitlines()
+        if stranger in line
+    )
+    assert entry["facts"] == {"kind": "image", "patient": stranger}
     run(src, dst, overwrite=True)  # without the table: the folder remembers
     assert "2.dcm" not in opened.take()
     assert len(read_manifest(dst).records) == 3
@@ -354,3 +360,19 @@ def test_private_folder_must_lie_outside(tmp_path):
     save(image(picture()), tmp_path / "src" / "a.dcm")
     with pytest.raises(DataError, match="inside the site folder"):
         run(tmp_path / "src", tmp_path / "dst", private=tmp_path / "dst" / "p")
+
+
+def test_workers_that_cannot_start_are_no_broken_files(tmp_path, monkeypatch):
+    save(image(picture()), tmp_path / "src" / "a.dcm")
+    monkeypatch.setattr("fedmed.data.importers.dicom.pool._MODULE", "no_such_module")
+    with pytest.raises(DataError, match="cannot start"):
+        run(tmp_path / "src", tmp_path / "dst")
+
+
+def test_a_detector_that_was_asked_for_must_be_there(tmp_path, monkeypatch):
+    save(image(picture()), tmp_path / "src" / "a.dcm")
+    monkeypatch.setattr("fedmed.data.importers.dicom.burned_in.detector", lambda: None)
+    with pytest.raises(DataError, match="tesseract"):
+        run(tmp_path / "src", tmp_path / "dst", detect="all")
+    report = run(tmp_path / "src", tmp_path / "dst")
+    assert any("no text detector" in note for note in report.notes)

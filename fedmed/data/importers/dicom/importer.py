@@ -24,7 +24,7 @@ from fedmed.data.importers.dicom.labels import LabelTable, read_labels, read_opt
 from fedmed.data.importers.dicom.link_masks import link_masks
 from fedmed.data.importers.dicom.options import DicomOptions, private_folder_of
 from fedmed.data.importers.dicom.plan import VOLUME, Unit, plan_units
-from fedmed.data.importers.dicom.pool import Pool
+from fedmed.data.importers.dicom.pool import Pool, Task
 from fedmed.data.importers.dicom.quarantine import read_review, remove_decided
 from fedmed.data.importers.dicom.rules import load_rules
 from fedmed.data.importers.dicom.stages import Progress, Stages
@@ -60,6 +60,11 @@ def import_dicom(
     key = load_key(private / KEY_NAME)
     private_folder(private)
     detect = options.detect if burned_in.detector() else Detect.OFF
+    if options.detect is Detect.ALL and detect is Detect.OFF:
+        raise DataError(
+            "tesseract, the text detector, is not installed",
+            "install tesseract-ocr, or --detect off",
+        )
     work = dst.absolute().with_name(f".{dst.absolute().name}.import")
     root = (src if src.is_dir() else src.parent).resolve()
     settings = Settings(
@@ -75,6 +80,8 @@ def import_dicom(
     )
     setup = setup_message(settings, int(options.memory * (1 << 30)))
     with _only_one(work), Pool(setup, options.workers, options.seconds) as pool:
+        if any(isinstance(answer, str) for _, answer in pool.run([Task("", {"scan": []})])):
+            raise DataError("the processes that read files cannot start", "give more --memory")
         run = _Import(src, dst, options, settings, pool, progress or (lambda *_: None))
         return run.run()
 

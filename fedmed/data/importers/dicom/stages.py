@@ -67,6 +67,11 @@ class Stages:
             known[tokens[path]] = entry
             journal.add(tokens[path], entry)
             self.progress("scan", len(facts), len(paths))
+        for entry in known.values():
+            patient = entry["facts"].get("patient", "")
+            if patient in gone:  # whose file it is, and nothing else; read anew if that changes
+                entry["facts"] = {"kind": entry["facts"]["kind"], "patient": patient}
+                entry["settings"] = ""
         journal.rewrite(known.items())
         return [Source(path, tokens[path], stamps[path], facts[path]) for path in paths]
 
