@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmed.cli.data_dicom import add_review, optout, review
 from fedmed.cli.data_import import add_import, names, run_import
 from fedmed.errors import DataError
 
@@ -19,7 +20,7 @@ _TASKS = ("binary", "multiclass", "multilabel", "segmentation")
 
 
 def add_parser(subparsers: _Actions) -> None:
-    """Adds the verb ``data`` with ``import``, ``check``, ``show`` and ``synthetic``."""
+    """Adds the verb ``data`` with its actions."""
     parser = subparsers.add_parser(
         "data",
         help="import, check and describe site folders",
@@ -27,6 +28,7 @@ def add_parser(subparsers: _Actions) -> None:
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     add_import(actions, run)
+    add_review(actions, run)
     _add_check(actions)
     _add_show(actions)
     _add_synthetic(actions)
@@ -41,7 +43,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: bad input, with one line that names it.
     """
-    actions = {"import": run_import, "check": _check, "show": _show, "synthetic": _synthetic}
+    actions = {
+        "import": run_import,
+        "review": review,
+        "optout": optout,
+        "check": _check,
+        "show": _show,
+        "synthetic": _synthetic,
+    }
     return actions[args.action](args)
 
 
@@ -61,6 +70,9 @@ def _add_check(actions: _Actions) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="count likely mistakes as errors, not warnings"
     )
+    parser.add_argument(
+        "--no-privacy", action="store_true", help="do not look for identifiers in the folder"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(handler=run)
 
@@ -68,7 +80,13 @@ def _add_check(actions: _Actions) -> None:
 def _check(args: argparse.Namespace) -> int:
     from fedmed.data.check import check_folder
 
-    report = check_folder(args.dir, _task(args), deep=not args.fast, strict=args.strict)
+    report = check_folder(
+        args.dir,
+        _task(args),
+        deep=not args.fast,
+        strict=args.strict,
+        privacy=not args.no_privacy,
+    )
     status = 2 if report.errors else 0
     if args.json:
         facts = {

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmed.cli.data_dicom import add_dicom
+
 if TYPE_CHECKING:
     _Actions = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -17,13 +19,15 @@ def add_import(actions: _Actions, handler: Callable[[argparse.Namespace], int]) 
     """Adds the action ``import`` with one parser an importer."""
     parser = actions.add_parser(
         "import",
-        help="make a site folder from a table, MedMNIST or NIfTI",
+        help="make a site folder from a table, MedMNIST, NIfTI or DICOM",
         description="Make the site folder DST from SRC. DST appears whole or not at all, with an "
         "import_report.json that counts what was kept, skipped and broken, and why.",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for add in (_add_csv, _add_medmnist, _add_nifti):
         add(kinds).set_defaults(handler=handler)
+    add_dicom(_add_kind(kinds, "dicom", "folder, or DICOMDIR", "a DICOM archive, de-identified"))
+    kinds.choices["dicom"].set_defaults(handler=handler)
 
 
 def _add_kind(kinds: _Actions, name: str, source: str, summary: str) -> argparse.ArgumentParser:

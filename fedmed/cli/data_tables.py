@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def print_import(report: ImportReport, dst: Path) -> None:
     """What became of the source's rows."""
     console = _console()
-    table = _table("outcome", "images", "why")
+    table = _table("outcome", report.unit, "why")
     for outcome in ("kept", "skipped", "quarantined", "broken"):
         reasons = report.reasons.get(outcome, {})
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))

@@ -28,6 +28,7 @@ from fedmed.data.manifest import (
     read_optout,
     scan_manifest,
 )
+from fedmed.data.privacy_check import check_privacy, is_dicom_import
 from fedmed.data.targets import target_fault, task_column, with_target
 from fedmed.errors import DataError
 from fedmed.types import Split, TaskKind, TaskSpec
@@ -78,9 +79,14 @@ class CheckReport:
 
 
 def check_folder(
-    root: Path, task: TaskSpec | None = None, *, deep: bool = True, strict: bool = False
+    root: Path,
+    task: TaskSpec | None = None,
+    *,
+    deep: bool = True,
+    strict: bool = False,
+    privacy: bool = False,
 ) -> CheckReport:
-    """Collects every problem of a site folder.
+    """Collects every problem of a site folder. Images of patients who opted out stay closed.
 
     Args:
         task: also check that labels, channels and dimensions fit it.
@@ -88,6 +94,7 @@ def check_folder(
             read.
         strict: count as errors what is legal but usually a mistake: one class in the training
             split, and identical images of different patients or splits.
+        privacy: also look for identifiers in names, tables, headers and free text.
 
     Raises:
         DataError: the manifest cannot be read at all.
@@ -95,37 +102,38 @@ def check_folder(
     manifest, found = scan_manifest(Path(root))
     problems = list(found)
     doubt = ERROR if strict else WARNING
-    problems.extend(_optout(manifest))
+    listed, gone = _optout(manifest)
+    problems.extend(listed)
     problems.extend(_splits(manifest.records))
     if task is not None:
         problems.extend(_targets(manifest, task, doubt))
+    open_records = tuple(r for r in manifest.records if r.patient_id not in gone)
     one = partial(_files, manifest.root, task=task, deep=deep)
     with ThreadPoolExecutor(WORKERS) as pool:
-        for some in pool.map(one, manifest.records):
+        for some in pool.map(one, open_records):
             problems.extend(some)
     if deep:
-        problems.extend(replace(p, severity=doubt) for p in _identical(manifest))
+        identical = _identical(replace(manifest, records=open_records))
+        problems.extend(replace(p, severity=doubt) for p in identical)
+    if privacy:
+        problems.extend(check_privacy(manifest, doubt, gone))
     problems.sort(key=lambda problem: problem.row or 0)
     patients = len({record.patient_id for record in manifest.records})
     return CheckReport(manifest.root, tuple(problems), len(manifest.records), patients)
 
 
-def _optout(manifest: Manifest) -> Iterator[Problem]:
+def _optout(manifest: Manifest) -> tuple[list[Problem], frozenset[str]]:
+    """What is wrong with the opt-out list, and who is on it."""
     try:
         gone = read_optout(manifest.root)
     except DataError as error:
-        yield Problem(None, None, error.problem, error.remedy, file=OPTOUT)
-        return
+        return [Problem(None, None, error.problem, error.remedy, file=OPTOUT)], frozenset()
     strangers = len(gone - {record.patient_id for record in manifest.records})
-    if strangers:
-        yield Problem(
-            None,
-            "patient_id",
-            f"{strangers} of {len(gone)} patients are not in the manifest",
-            "compare the spelling with manifest.csv",
-            WARNING,
-            OPTOUT,
-        )
+    if not strangers or is_dicom_import(manifest.root):  # which leaves such patients out
+        return [], gone
+    message = f"{strangers} of {len(gone)} patients are not in the manifest"
+    remedy = "compare the spelling with manifest.csv"
+    return [Problem(None, "patient_id", message, remedy, WARNING, OPTOUT)], gone
 
 
 def _splits(records: Sequence[ImageRecord]) -> Iterator[Problem]:

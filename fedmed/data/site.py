@@ -1,7 +1,8 @@
 """A site's prepared images in memory: what training and evaluation work on.
 
 Everything is decoded and prepared when a site is loaded; afterwards only tensors are touched.
-Withdrawn consent is the exception: ``optout.csv`` is read again whenever images are asked for.
+Withdrawn consent is the exception: ``optout.csv`` is read again whenever images are asked for, and
+files of patients who are on it when a site is loaded are not opened.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedmed.data.fingerprint import rows_digest
 from fedmed.data.manifest import MANIFEST, ImageRecord, Manifest, read_manifest, read_optout
 from fedmed.data.partition import partition
 from fedmed.data.prepare import prepare_records
@@ -73,11 +75,12 @@ class SiteData:
 
     Attributes:
         root: the site folder.
-        splits: every split, possibly empty; opted-out patients are still in here, so use
-            `split` and `cohort`.
+        splits: every split, possibly empty; patients who opted out after loading are still in
+            here, so use `split` and `cohort`.
         skipped: unreadable images left out on request.
         without_target: images without a label or mask for the task, left out.
         synthetic: the images are generated phantoms.
+        rows: hash of the site's rows of the manifest, opted out or not.
     """
 
     name: str
@@ -88,6 +91,7 @@ class SiteData:
     without_target: int = 0
     synthetic: bool = False
     sources: tuple[OptOutSource, ...] = field(default=(), repr=False)
+    rows: str = ""
 
     def cohort(self, unit: PrivacyUnit) -> Cohort:
         """Units of the training split, without patients who opted out by now.
@@ -113,12 +117,8 @@ class SiteData:
         )
 
     def digest(self) -> str:
-        """Hash of the site's rows and targets, in order; tells whether its data has changed."""
-        digest = hashlib.sha256()
-        for split, part in sorted(self.splits.items()):
-            digest.update(repr((split, [r.image for r in part.records])).encode())
-            digest.update(part.targets.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Hash of the site's rows; tells whether its data has changed. Opting out is no change."""
+        return self.rows
 
     def split(self, split: Split) -> PreparedSplit:
         """A split without patients who opted out by now.
@@ -226,6 +226,7 @@ def pool_sites(sites: Sequence[SiteData], name: str = "centralized") -> SiteData
         skipped=sum(site.skipped for site in sites),
         without_target=sum(site.without_target for site in sites),
         synthetic=any(site.synthetic for site in sites),
+        rows=hashlib.sha256("".join(site.rows for site in sites).encode()).hexdigest(),
         sources=tuple(
             OptOutSource(source.root, f"{site.name}/{source.prefix}")
             for site in sites
@@ -253,11 +254,15 @@ def _load(
     unlabelled: int,
     allow_one_class: bool,
 ) -> SiteData:
+    fingerprint = rows_digest(manifest.root, records)
+    gone = read_optout(manifest.root)
+    records = [record for record in records if record.patient_id not in gone]
     training = [record for record in records if record.split is Split.TRAIN]
     if not training:
         raise DataError(
             f"site {name!r} has no training patients with a {task.kind} target",
-            f"give it images of split train in {MANIFEST}, or leave the site out",
+            f"give it images of split train in {MANIFEST} of patients who have not opted out, or "
+            "leave the site out",
         )
     splits = {}
     skipped = 0
@@ -281,6 +286,7 @@ def _load(
         without_target=unlabelled,
         synthetic=manifest.synthetic,
         sources=(OptOutSource(manifest.root),),
+        rows=fingerprint,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from fedmed.data.importers.base import ImportOptions
 from fedmed.data.importers.csv import import_csv
 from fedmed.data.importers.csv_columns import CsvOptions
+from fedmed.data.importers.dicom import DicomOptions
 from fedmed.data.importers.medmnist import MedMnistOptions, import_medmnist
 from fedmed.data.importers.nifti import NiftiOptions, import_nifti
 from fedmed.data.importers.report import ImportReport
@@ -34,6 +35,15 @@ class Importer:
     summary: str
 
 
+def import_dicom(src: Path, dst: Path, options: DicomOptions | None = None) -> ImportReport:
+    """See `fedmed.data.importers.dicom.importer.import_dicom`; progress goes to a terminal."""
+    from fedmed.data.importers.dicom.importer import import_dicom
+    from fedmed.data.importers.dicom.progress import terminal_progress
+
+    with terminal_progress() as progress:
+        return import_dicom(src, dst, options, progress)
+
+
 IMPORTERS: Mapping[str, Importer] = MappingProxyType(
     {
         "csv": Importer(import_csv, CsvOptions, "a table of images (metadata.csv)"),
@@ -41,18 +51,21 @@ IMPORTERS: Mapping[str, Importer] = MappingProxyType(
         "nifti": Importer(
             import_nifti, NiftiOptions, "NIfTI volumes with masks (table or dataset.json)"
         ),
+        "dicom": Importer(import_dicom, DicomOptions, "a DICOM archive, de-identified"),
     }
 )
 
 __all__ = [
     "IMPORTERS",
     "CsvOptions",
+    "DicomOptions",
     "ImportOptions",
     "ImportReport",
     "Importer",
     "MedMnistOptions",
     "NiftiOptions",
     "import_csv",
+    "import_dicom",
     "import_medmnist",
     "import_nifti",
 ]

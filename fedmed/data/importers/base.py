@@ -147,7 +147,7 @@ def _readme(report: ImportReport) -> str:
     lines = [
         f"# Site folder imported from {report.source}",
         "",
-        f"Made by `fedmed data import {report.kind}`: {report.kept} images of "
+        f"Made by `fedmed data import {report.kind}`: {report.kept} {report.unit} of "
         f"{report.patients} patients; {report.skipped} skipped, {report.quarantined} "
         f"quarantined, {report.broken} broken (`{REPORT_NAME}` says why).",
     ]

@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from fedmed.data.files import atomic_writer
+from fedmed.data.importers.report_page import report_page
 from fedmed.types import Split
 
 REPORT_NAME = "import_report.json"
@@ -44,6 +45,7 @@ class ImportReport:
         classes: class names in the order of the integers of ``label`` (or of the mask), when
             the source or the options name them.
         notes: one-line facts that a reader of the data must know.
+        unit: what the outcomes count: images, or files of which several may form one image.
     """
 
     kind: str
@@ -59,12 +61,14 @@ class ImportReport:
     sites: Mapping[str, int]
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unit: str = "images"
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types, keys in a fixed order."""
         return {
             "kind": self.kind,
             "source": self.source,
+            "unit": self.unit,
             "kept": self.kept,
             "skipped": self.skipped,
             "quarantined": self.quarantined,
@@ -82,9 +86,11 @@ class ImportReport:
         }
 
     def write(self, folder: Path) -> None:
-        """Write ``import_report.json`` into ``folder``, whole or not at all."""
+        """Write ``import_report.json`` and ``.html`` into ``folder``, each whole or not at all."""
         with atomic_writer(folder / REPORT_NAME) as file:
             file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        with atomic_writer((folder / REPORT_NAME).with_suffix(".html")) as file:
+            file.write(report_page(self.to_dict()).encode())
 
 
 @dataclass
@@ -94,14 +100,15 @@ class Tally:
     kind: str
     source: str
     notes: list[str] = field(default_factory=list)
+    unit: str = "images"
     _reasons: dict[Outcome, Counter[str]] = field(
         default_factory=lambda: {outcome: Counter() for outcome in Outcome}
     )
     _rows: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, outcome: Outcome, reason: str, row: int | None = None) -> None:
-        """Count one row; ``row`` is remembered for everything that was not kept."""
-        self._reasons[outcome][reason] += 1
+    def add(self, outcome: Outcome, reason: str, row: int | None = None, count: int = 1) -> None:
+        """Count one row or more; ``row`` is remembered for everything that was not kept."""
+        self._reasons[outcome][reason] += count
         if row is not None and outcome is not Outcome.KEPT:
             rows = self._rows.setdefault(reason, [])
             if len(rows) < _ROWS_SHOWN:
@@ -135,4 +142,5 @@ class Tally:
             sites=dict(sorted(Counter(row["site"] for row in rows if "site" in row).items())),
             classes=tuple(classes),
             notes=tuple(self.notes),
+            unit=self.unit,
         )

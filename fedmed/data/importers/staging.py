@@ -64,7 +64,7 @@ def staged_folder(
         DataError: ``dst`` is in the way, or cannot be written.
     """
     dst = dst.absolute()
-    _check_free(dst, replaceable, overwrite)
+    check_free(dst, replaceable, overwrite)
     staging = dst.with_name(f".{dst.name}.{uuid.uuid4().hex}")
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,8 @@ def _keep_optout(dst: Path, staging: Path) -> None:
             csv.writer(file).writerows([["patient_id"], *([patient] for patient in patients)])
 
 
-def _check_free(dst: Path, replaceable: Callable[[Path], bool], overwrite: bool) -> None:
+def check_free(dst: Path, replaceable: Callable[[Path], bool], overwrite: bool) -> None:
+    """Raise DataError unless `staged_folder` may put a folder at ``dst``."""
     if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
         raise DataError(f"{dst} is not a folder", "give a new or empty folder")
     if not dst.is_dir() or not any(dst.iterdir()):
@@ -102,7 +103,7 @@ def _check_free(dst: Path, replaceable: Callable[[Path], bool], overwrite: bool)
 
 def _swap(staging: Path, dst: Path, replaceable: Callable[[Path], bool], overwrite: bool) -> None:
     """Rename ``staging`` to ``dst``; an existing folder goes only after the new one stands."""
-    _check_free(dst, replaceable, overwrite)  # again: another process may have been quicker
+    check_free(dst, replaceable, overwrite)  # again: another process may have been quicker
     former = None
     if dst.is_dir():
         former = staging.with_name(f"{staging.name}.old")

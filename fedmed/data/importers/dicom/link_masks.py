@@ -1,0 +1,90 @@
+"""Which mask files belong to which volume."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from fedmed.data.importers.dicom.facts import RTSTRUCT, SEG
+from fedmed.data.importers.dicom.labels import LabelTable
+from fedmed.data.importers.dicom.plan import VOLUME, Mask, Source, Unit
+from fedmed.data.importers.report import Outcome
+
+if TYPE_CHECKING:
+    from fedmed.data.importers.dicom.convert import Settings
+
+NIFTI = "nifti"
+
+
+def link_masks(
+    units: Sequence[Unit],
+    sources: Sequence[Source],
+    niftis: Sequence[str],
+    table: LabelTable | None,
+    settings: Settings,
+) -> tuple[list[Unit], list[tuple[Outcome, str]]]:
+    """Give each volume its masks.
+
+    A SEG or RTSTRUCT belongs to the series it refers to, else to a volume of the same patient in
+    the same frame of reference if there is but one; a NIfTI file to the single volume whose slices
+    lie in its folder, or to the one whose row in the table names it.
+
+    Returns:
+        The units, and what became of each mask file.
+    """
+    by_series: dict[str, list[int]] = defaultdict(list)
+    by_frame: dict[tuple[str, str], list[int]] = defaultdict(list)
+    by_folder: dict[str, set[int]] = defaultdict(set)
+    for number, unit in enumerate(units):
+        if unit.kind == VOLUME:
+            by_series[unit.facts.series].append(number)
+            by_frame[(unit.facts.patient, unit.facts.frame_of_reference)].append(number)
+            for source in unit.sources:
+                by_folder[_folder(source.path)].add(number)
+    given: dict[int, list[Mask]] = defaultdict(list)
+    outcomes: list[tuple[Outcome, str]] = []
+    for source in sources:
+        if source.facts.kind not in (SEG, RTSTRUCT):
+            continue
+        found = [n for series in source.facts.references for n in by_series.get(series, ())]
+        facts = source.facts
+        if not found and not facts.references and facts.frame_of_reference:
+            found = by_frame.get((facts.patient, facts.frame_of_reference), [])
+        if len(found) == 1 and units[found[0]].facts.patient == facts.patient:
+            given[found[0]].append(Mask(facts.kind, source.path, source.token, source.stamp))
+            outcomes.append((Outcome.KEPT, "mask"))
+        else:
+            outcomes.append((Outcome.SKIPPED, "mask of no volume in the import"))
+    for path in niftis:
+        numbers = by_folder.get(_folder(path), set())
+        alone = len(numbers) == 1 and sum(_folder(p) == _folder(path) for p in niftis) == 1
+        named = table is not None and any("mask" in cells for cells in table.cells.values())
+        if alone and not named:
+            given[next(iter(numbers))].append(_nifti(path, settings))
+            outcomes.append((Outcome.KEPT, "mask"))
+        elif not named:
+            outcomes.append((Outcome.SKIPPED, "NIfTI file of no single volume"))
+    linked = []
+    for number, unit in enumerate(units):
+        masks = given.get(number, [])
+        cells = table.of(unit.facts) if table and unit.kind == VOLUME else None
+        if table and cells and cells.get("mask"):
+            masks = [*masks, _nifti(str(table.root / cells["mask"]), settings)]
+        linked.append(replace(unit, masks=tuple(masks)) if masks else unit)
+    return linked, outcomes
+
+
+def _nifti(path: str, settings: Settings) -> Mask:
+    file = settings.source / path
+    stamp = ""
+    if file.is_file():
+        status = file.stat()
+        stamp = f"{status.st_size}/{status.st_mtime_ns}"
+    return Mask(NIFTI, path, settings.key.token("path", str(file).encode()), stamp)
+
+
+def _folder(path: str) -> str:
+    return str(PurePosixPath(path).parent)

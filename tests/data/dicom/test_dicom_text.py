@@ -1,0 +1,108 @@
+"""Burned-in text: what is suspect by its header, and what tesseract sees."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from dicom_files import image, save
+from PIL import Image, ImageDraw, ImageFont
+
+from fedmed.cli.main import main
+from fedmed.data.importers.dicom import DicomOptions
+from fedmed.data.importers.dicom.burned_in import count_words, detector, suspicion
+from fedmed.data.importers.dicom.importer import import_dicom
+from fedmed.data.importers.dicom.quarantine import pending, read_review
+from fedmed.errors import DataError
+
+needs_tesseract = pytest.mark.skipif(detector() is None, reason="tesseract is not installed")
+
+
+def written(text: str) -> np.ndarray:
+    picture = Image.new("L", (320, 240), 20)
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((60, 60, 260, 220), fill=120)
+    draw.text((8, 8), text, fill=230, font=ImageFont.load_default(18))
+    return np.asarray(picture)
+
+
+@needs_tesseract
+def test_a_name_is_seen_and_anatomy_is_not():
+    assert count_words(written("DOE JANE 13.02.1947")) >= 2
+    assert count_words(written("")) == 0
+
+
+@pytest.mark.parametrize(
+    ("marked", "risky", "held"),
+    [("YES", False, True), ("YES", True, True), ("NO", True, False), ("NO", False, False),
+     ("UNMARKED", True, True), ("UNMARKED", False, False)],
+)  # fmt: skip
+def test_what_is_suspect(marked, risky, held):
+    assert bool(suspicion(marked, risky)) is held
+
+
+def test_risky_kinds_are_set_aside_by_modality_or_class(tmp_path):
+    plain = written("")
+    kinds = {
+        "us": {"modality": "US"},
+        "xa": {"modality": "XA"},
+        "sc": {"modality": "CT", "sop_class": "1.2.840.10008.5.1.4.1.1.7"},
+        "none": {"modality": ""},
+        "marked": {"modality": "CT", "BurnedInAnnotation": "YES"},
+        "free": {"modality": "US", "BurnedInAnnotation": "NO"},
+        "ct": {"modality": "CT"},
+    }
+    for name, more in kinds.items():
+        save(image(plain, patient=name, **more), tmp_path / "src" / name)
+    report = import_dicom(tmp_path / "src", tmp_path / "dst", DicomOptions(workers=1))
+    assert (report.kept, report.quarantined) == (2, 5)
+
+
+@needs_tesseract
+def test_marked_free_of_text_is_believed_only_where_none_is_seen(tmp_path):
+    ds = image(written("DOE JANE"), modality="US", BurnedInAnnotation="NO")
+    save(ds, tmp_path / "src" / "a")
+    save(image(written("")), tmp_path / "src" / "b")
+    report = import_dicom(tmp_path / "src", tmp_path / "dst", DicomOptions(workers=1))
+    assert report.reasons["quarantined"] == {"text found in the pixels": 1}
+
+
+@needs_tesseract
+def test_every_image_can_be_looked_at(tmp_path):
+    save(image(written("DOE JANE")), tmp_path / "src" / "a")
+    save(image(written("")), tmp_path / "src" / "b")
+    options = DicomOptions(workers=1, detect="all")
+    assert import_dicom(tmp_path / "src", tmp_path / "dst", options).quarantined == 1
+
+
+def test_review_by_command(tmp_path, capsys):
+    save(image(written("DOE"), modality="US"), tmp_path / "src" / "a")
+    save(image(written("")), tmp_path / "src" / "b")
+    site = str(tmp_path / "dst")
+    assert main(["data", "import", "dicom", str(tmp_path / "src"), site, "--workers", "1"]) == 0
+    assert main(["data", "review", site]) == 0
+    assert "1 undecided" in capsys.readouterr().out
+    private = tmp_path / "dst.private"
+    for name in ("review.html", "review.csv", "identity.key"):
+        assert (private / name).stat().st_mode & 0o077 == 0
+    ((token, _, _),) = pending(private)
+    assert token in (private / "review.html").read_text()
+    rows = list(csv.DictReader((private / "review.csv").read_text().splitlines()))
+    assert [row["decision"] for row in rows] == [""]
+    table = f"token,decision\n{token},clear\n"
+    (private / "review.csv").write_text(table)
+    arguments = ["data", "import", "dicom", str(tmp_path / "src"), site, "--overwrite"]
+    assert main(arguments) == 0
+    assert "quarantined      0" in " ".join(capsys.readouterr().out.split("\n"))
+    assert main(["data", "review", str(tmp_path / "other")]) == 2
+
+
+@pytest.mark.parametrize(
+    "line", ["{t},maybe,", "nonsense,clear,", "{t},clear,1 2 3", "{t},clear,a b c d"]
+)
+def test_a_decision_that_cannot_be_understood_is_refused(tmp_path, line):
+    text = line.format(t="0" * 32)
+    (tmp_path / "review.csv").write_text(f"token,decision,boxes\n{text}\n")
+    with pytest.raises(DataError, match="row 2"):
+        read_review(tmp_path)
