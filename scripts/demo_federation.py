@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lab import COORDINATOR, Lab, Network, fedmed, split_folder
@@ -77,19 +78,40 @@ def deploy(
     for site in SITES:
         lab.enrol(site, data / site, max_epsilon, **rules)
     started = time.monotonic()
+    captures = {site: lab.capture(site) for site in SITES} if network.isolated else {}
     try:
         for party in (COORDINATOR, *SITES):
             lab.start(party)
         run = lab.run(1800)
     finally:
         lab.stop_all()
+        flows = {site: end() for site, end in captures.items()}
     print(f"{name}: run {run} finished, {time.monotonic() - started:.0f} s with start-up")
     for site in lab.status()["sites"]:
         print(
             f"  {site['name']:6s} {site['updates']} updates, {int(site['received']) / 1e6:.1f} MB"  # type: ignore[call-overload]
             f" in, epsilon {site['epsilon']}"
         )
+    for site, found in flows.items():
+        compare_flows(lab, site, found)
     return lab, lab.study / "runs" / run
+
+
+def compare_flows(lab: Lab, site: str, flows: list[dict[str, Any]]) -> None:
+    """What a hospital's network card sent, beside what its audit log says it sent."""
+    coordinator = lab.network.address(COORDINATOR)
+    local = [f for f in flows if f["address"].startswith(("ff02:", "fe80:"))]  # of the cable itself
+    others = [f for f in flows if f not in local and f["address"] != coordinator]
+    sent = sum(f["bytes"] for f in flows if f["address"] == coordinator)
+    lines = (lab.site(site) / "state" / "audit.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    logged = max(e["total_wire_bytes"] for e in entries if e["event"] == "answer-delivered")
+    print(
+        f"  {site:6s} sent {sent / 1e6:.3f} MB to {coordinator}, {len(others)} flows elsewhere; "
+        f"its log says {logged / 1e6:.3f} MB before encryption ({100 * (sent / logged - 1):+.2f} %)"
+    )
+    if others:
+        sys.exit(f"error: {site} sent to {', '.join(f['address'] for f in others)}")
 
 
 def plain(folder: Path, network: Network, data: Path, rounds: int) -> None:

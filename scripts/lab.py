@@ -15,9 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PORT = 8443
 COORDINATOR = "coordinator"
@@ -198,6 +199,24 @@ class Lab:
                 [*self.network.prefix(party), sys.executable, "-m", "fedmed", *words],
                 stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+
+    def capture(self, site: str) -> Callable[[], list[dict[str, Any]]]:
+        """Listen at a site's network card from now on; the call that is returned ends it."""
+        script = Path(__file__).with_name("capture.py")
+        process = subprocess.Popen(
+            [*self.network.prefix(site), sys.executable, str(script)],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.readline()  # it listens
+
+        def end() -> list[dict[str, Any]]:
+            process.terminate()
+            told, _ = process.communicate(timeout=60)
+            found: list[dict[str, Any]] = json.loads(told)
+            return found
+
+        return end
 
     def stop(self, party: str, number: int = signal.SIGTERM, wait: float = 60) -> None:
         """Send a signal and wait for the end."""

@@ -132,6 +132,14 @@ class SiteData:
             return part
         return part.take([i for i, patient in enumerate(part.patients) if patient not in gone])
 
+    def opted_out(self) -> int:
+        """How many patients are on the list by now; never who.
+
+        Raises:
+            DataError: ``optout.csv`` cannot be read.
+        """
+        return len(self._opted_out())
+
     def to(self, device: torch.device | str) -> SiteData:
         """The same site with its tensors on ``device``."""
         moved = {

@@ -278,6 +278,7 @@ class SiteAgent:
             noise_multiplier=spec.noise_multiplier if spec else None,
             sample_rate=spec.sample_rate if spec else None,
             delta=spec.delta if spec else None,
+            opted_out=self._trainer.opted_out(),
         )
 
     def _log_release(self, event: str, task: TrainTask, update: ClientUpdate) -> None:

@@ -128,6 +128,10 @@ class Trainer:
         """Training units after opt-outs, read again at every call."""
         return self._data.cohort(unit)
 
+    def opted_out(self) -> int:
+        """How many patients have withdrawn their consent by now."""
+        return self._data.opted_out()
+
     def split(self, split: Split) -> PreparedSplit:
         """A split's images after opt-outs, read again at every call."""
         return self._data.split(split)

@@ -98,6 +98,12 @@ def test_archive_to_result_with_an_optout_before_round_two(tmp_path, opened):
     assert theirs <= set(opened[: marks[0]])  # they were used before
     assert not theirs & set(opened[marks[0] :])
 
+    for log in folder.glob("sites/*/audit.jsonl"):
+        entries = [json.loads(line) for line in log.read_text().splitlines()]
+        told = [e["opted_out"] for e in entries if e["event"] == "task-admitted"]
+        assert told == [0, 1, 1]  # how many, and nowhere who
+        assert stranger not in log.read_text()
+
     del opened[:]
     go("again", Progress(io.StringIO(), live=False))
     assert others <= set(opened)
