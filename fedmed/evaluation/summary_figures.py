@@ -29,7 +29,7 @@ from fedmed.evaluation.summaries import (
     targets_of,
 )
 from fedmed.evaluation.summary_metrics import Amounts, Bounded, Decisions
-from fedmed.evaluation.summary_release import noise_of
+from fedmed.evaluation.summary_noise import noise_of
 from fedmed.types import DPSpec, TaskKind, TaskSpec
 
 DRAWS: Final = 200

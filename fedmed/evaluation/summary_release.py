@@ -12,39 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.evaluation.summaries import (
-    BOUNDED,
     SCALE,
     SUMS,
     Counts,
     Grid,
-    cells_of,
     enough_patients,
     large_enough,
     shape_of,
     summarise,
-    targets_of,
     told_together,
 )
+from fedmed.evaluation.summary_noise import UNIT, noise_std
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.release import add_noise
-from fedmed.privacy.sums import sensitivity
 from fedmed.types import DPSpec, TaskKind, TaskSpec
 
 _COLUMN = {name: i for i, name in enumerate(SUMS)}
-
-
-def cells_per_image(task: TaskSpec) -> int:
-    """Cells that one image adds to, each at most 1 in its own unit."""
-    each = len(BOUNDED) if task.kind is TaskKind.SEGMENTATION else 1
-    return each * len(targets_of(task))
-
-
-def noise_std(task: TaskSpec, spec: DPSpec) -> float:
-    """Standard deviation of the noise on what one image can add 1 to.
-
-    Public: it follows from plan and mechanism.
-    """
-    return spec.noise_multiplier * sensitivity(spec.max_images_per_unit, cells_per_image(task))
 
 
 def tell_noisy(
@@ -57,7 +40,7 @@ def tell_noisy(
     """
     std = noise_std(task, spec)
     if task.kind is TaskKind.SEGMENTATION:
-        unit = np.array([_UNIT.get(name, 0) for name in SUMS])
+        unit = np.array([UNIT.get(name, 0) for name in SUMS])
         noisy = add_noise(sums, std * unit, generator)
         return _possible(np.where(unit > 0, noisy, 0), floor)
     told = np.zeros(shape_of(task, grid), np.int64)
@@ -68,7 +51,6 @@ def tell_noisy(
     return told
 
 
-_UNIT = {"dice": SCALE, "dice_squares": SCALE, "defined": 1}
 """The most that one image adds to a column that noise is added to."""
 
 
@@ -143,18 +125,3 @@ def _told_sums(sums: Counts, parts: Counts, patients: NDArray[np.int64], floor: 
         if _few(patients[~has], floor):
             found[:, _COLUMN["images"]] = 0
     return found
-
-
-def noise_of(told: Counts, task: TaskSpec, spec: DPSpec | None) -> NDArray[np.float64]:
-    """Variance of the noise in what a site told.
-
-    Returns:
-        Classification: of each of its cells (``cells_of``): that of all bins told together.
-        Segmentation: of each sum, in the summary's shape.
-    """
-    variance = 0.0 if spec is None else noise_std(task, spec) ** 2
-    if task.kind is TaskKind.SEGMENTATION:
-        unit = np.array([float(_UNIT.get(name, 0)) for name in SUMS])
-        return np.where(told[:, [_COLUMN["defined"]]] > 0, variance * unit**2, 0.0)
-    cells = cells_of(told)
-    return np.asarray(variance * (cells[:, 3] - cells[:, 2] + 1.0))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -287,3 +289,15 @@ def test_time_that_is_left(served):
 def test_folder_that_is_none(tmp_path):
     with pytest.raises(ConfigError, match="no study's folder; make one"):
         StudyFolder(tmp_path)
+
+
+def test_the_coordinator_loads_no_training_stack():
+    """It holds three models and little else: torch alone would be 480 MB beside them."""
+    code = (
+        "import sys, fedmed.coordinator.service;"
+        "print(*(m for m in ('torch', 'monai', 'opacus', 'torchvision') if m in sys.modules), '.')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split() == ["."]
