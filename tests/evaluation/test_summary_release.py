@@ -9,13 +9,8 @@ from hypothesis import strategies as st
 from test_summaries import BINARY, SMALL, TASKS, answers
 
 from fedmed.evaluation.summaries import SCALE, SUMS, Grid, cells_of, per_image, place, summarise
-from fedmed.evaluation.summary_release import (
-    cells_per_image,
-    noise_of,
-    noise_std,
-    tell_exact,
-    tell_noisy,
-)
+from fedmed.evaluation.summary_noise import cells_per_image, noise_of, noise_std
+from fedmed.evaluation.summary_release import tell_exact, tell_noisy
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.sums import sensitivity, sum_mechanism
 from fedmed.types import TaskKind, TaskSpec
