@@ -29,7 +29,7 @@ from fedmed.evaluation.evidence import (
     SourceKind,
 )
 from fedmed.evaluation.evidencefile import EVIDENCE, FOLDER, write_evidence
-from fedmed.experiment.finished import FinishedRun
+from fedmed.experiment.finished import CONFIG, FinishedRun
 from fedmed.experiment.rivals import Rivals
 from fedmed.federation.policy import public_size
 from fedmed.federation.told import read_evaluation, told_evidence
@@ -81,6 +81,12 @@ def make_evidence(folder: Path, options: EvidenceOptions) -> Evidence:
         UsageError: the folder holds no finished run, its images are gone or changed, or another
             run judged other images.
     """
+    if (folder / EVIDENCE).exists() and not (folder / CONFIG).exists():
+        raise DataError(
+            f"{folder} is a coordinator's run: its images are at the sites, and its evidence was "
+            "written when it ended",
+            f"run `fedmed report {folder}`",
+        )
     run = FinishedRun.open(folder, options.device)
     source = data_source(run, options.published)
     if source.kind is SourceKind.WITHHELD:

@@ -28,6 +28,7 @@ from fedmed.training.build import build
 from fedmed.training.trainer import pick_device
 from fedmed.types import TrainTask
 
+CONFIG = "config.yaml"
 MODEL = "model.safetensors"
 
 
@@ -55,7 +56,7 @@ class FinishedRun:
             UsageError: the folder holds no finished run, or its images are gone.
         """
         summary = read_summary(folder)
-        config = load_config(folder / "config.yaml")
+        config = load_config(folder / CONFIG)
         try:
             run_id = str(json.loads((folder / "run.json").read_text())["run_id"])
         except (OSError, ValueError, KeyError) as error:
@@ -150,7 +151,7 @@ class FinishedRun:
             model.load_state_dict(state)
         except (SafetensorError, RuntimeError, OSError) as error:
             raise CheckpointError(
-                f"{path} is not the network of {self.folder / 'config.yaml'}",
+                f"{path} is not the network of {self.folder / CONFIG}",
                 "resume the run to write it anew",
             ) from error
 

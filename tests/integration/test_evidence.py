@@ -243,6 +243,15 @@ def test_evidence_is_made_again_for_other_weights_only(done, capsys):
     assert read_evidence(done.folder).model_sha256 == first.model_sha256
 
 
+def test_a_coordinators_run_has_its_evidence_already(done, capsys):
+    make_evidence(done.folder, FEW)
+    (done.folder / "config.yaml").unlink()
+    assert main(["evaluate", str(done.folder)]) == 2
+    assert "fedmed report" in capsys.readouterr().err
+    assert (done.folder / EVIDENCE).exists()
+    assert main(["report", str(done.folder)]) == 0
+
+
 def test_weights_of_another_network_are_refused(done, capsys):
     config = load_file(done.folder / "config.yaml")
     config.model.params = {"block_inplanes": [2, 4, 4, 4], "layers": [1, 1, 1, 1]}
