@@ -8,7 +8,7 @@ import threading
 from typing import Final
 
 _INLINE: Final = 1 << 22  # bytes below which a thread costs more than it saves
-_AHEAD: Final = 8  # pieces
+_AHEAD: Final = 4  # pieces; of every transfer that is under way
 
 
 class PassingHash:

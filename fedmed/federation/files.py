@@ -16,7 +16,7 @@ from fedmed.errors import CheckpointError
 from fedmed.files import atomic_writer
 from fedmed.hashing import PassingHash
 
-PIECE: Final = 1 << 20
+PIECE: Final = 1 << 19
 """Bytes moved at once."""
 DTYPES: Final = {
     "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32",
