@@ -264,23 +264,24 @@ def _load(
 ) -> SiteData:
     fingerprint = rows_digest(manifest.root, records)
     gone = read_optout(manifest.root)
-    records = [record for record in records if record.patient_id not in gone]
     training = [record for record in records if record.split is Split.TRAIN]
     if not training:
         raise DataError(
             f"site {name!r} has no training patients with a {task.kind} target",
-            f"give it images of split train in {MANIFEST} of patients who have not opted out, or "
-            "leave the site out",
+            f"give it images of split train in {MANIFEST}, or leave the site out",
         )
+    records = [record for record in records if record.patient_id not in gone]
+    withdrawn = [record for record in training if record.patient_id in gone]
     splits = {}
     skipped = 0
     for split in Split:
         rows = [record for record in records if record.split is split]
         splits[split], missing = _prepare(manifest.root, rows, task, prep)
         skipped += missing
-    if not len(splits[Split.TRAIN]):
+    # Nobody may tell from a site's start that its last patient, or class, has opted out.
+    if not len(splits[Split.TRAIN]) and not withdrawn:
         raise DataError(f"site {name!r} has no readable training image", "see `fedmed data check`")
-    if not allow_one_class and _one_class(splits[Split.TRAIN], task):
+    if not allow_one_class and _one_class(splits[Split.TRAIN], withdrawn, task):
         raise DataError(
             f"site {name!r} has training images of one class only",
             "give it images of another class, or set data.allow_one_class=true",
@@ -314,6 +315,7 @@ def _prepare(
     return part, len(records) - len(kept)
 
 
-def _one_class(part: PreparedSplit, task: TaskSpec) -> bool:
-    single_label = task.kind in (TaskKind.BINARY, TaskKind.MULTICLASS)
-    return single_label and len(torch.unique(part.targets)) < 2
+def _one_class(part: PreparedSplit, withdrawn: Sequence[ImageRecord], task: TaskSpec) -> bool:
+    if task.kind not in (TaskKind.BINARY, TaskKind.MULTICLASS):
+        return False
+    return len({*part.targets.tolist(), *(record.label for record in withdrawn)}) < 2

@@ -89,6 +89,22 @@ def test_consent_is_read_again_each_time(root: Path) -> None:
     assert site.cohort(PrivacyUnit.PATIENT).units == 8
 
 
+def test_a_start_does_not_tell_who_has_opted_out(root: Path) -> None:
+    """Neither that a class has lost its last patient, nor that nobody is left."""
+    optout = root / "optout.csv"
+    everyone = load_site(root, "clinic", binary_task(), PREP)
+    train = everyone.splits[Split.TRAIN]
+    ones = {r.patient_id for r in train.records if r.label == 1}
+    optout.write_text("patient_id\n" + "".join(f"{p}\n" for p in sorted(ones)))
+    left = load_site(root, "clinic", binary_task(), PREP)
+    assert {r.patient_id for r in left.splits[Split.TRAIN].records} == set(train.patients) - ones
+    optout.write_text("patient_id\n" + "".join(f"p{i}\n" for i in range(10)))
+    nobody = load_site(root, "clinic", binary_task(), PREP)
+    assert nobody.cohort(PrivacyUnit.PATIENT).units == 0
+    assert nobody.splits[Split.TRAIN].images.shape == (0, *train.images.shape[1:])
+    assert nobody.digest() == left.digest() == everyone.digest()
+
+
 def test_sites_come_from_the_column_by_name(root: Path) -> None:
     sites = load_sites(root, binary_task(), PREP, PartitionSpec("site"), 0)
     assert [site.name for site in sites] == ["a", "b"]

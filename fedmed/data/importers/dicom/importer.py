@@ -197,7 +197,7 @@ class _Import:
 
 def _ordered(rows: list[dict[str, str]]) -> list[str]:
     """All columns, in the order in which the longest row has them."""
-    longest = max(rows, key=len)
+    longest: dict[str, str] = max(rows, key=len, default={})
     return [*longest, *sorted({name for row in rows for name in row} - set(longest))]
 
 
