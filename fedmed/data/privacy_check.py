@@ -15,7 +15,7 @@ from typing import Final
 
 from fedmed.data.images import SUFFIXES, suffix_of
 from fedmed.data.manifest import MANIFEST, ImageRecord, Manifest, Problem
-from fedmed.data.privacy_headers import texts
+from fedmed.data.privacy_headers import DAMAGED, texts
 from fedmed.data.privacy_patterns import DATE, FORBIDDEN_COLUMN, find, looks_like_a_name, masked
 from fedmed.data.table import read_table
 from fedmed.errors import DataError
@@ -115,6 +115,8 @@ def _file(path: Path, relative: str, row: int | None, doubt: str) -> Iterator[Pr
         found = find(text)
         if place.startswith("DICOM"):
             yield _problem(relative, row, f"holds a {place}, with a patient's header")
+        elif place == DAMAGED:
+            yield _problem(relative, row, f"has a {place}")
         elif found:
             yield _problem(relative, row, f"the {place} looks like {found[0]}")
         elif text and any(word in place for word in _TELLING):

@@ -12,17 +12,18 @@ from fedmed.data.images import NIFTI_SUFFIXES, PIL_SUFFIXES, suffix_of
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _TEXT_CHUNKS: Final = (b"tEXt", b"zTXt", b"iTXt")
 _MOST: Final = 1 << 20  # bytes of a header that are looked at
-_TIFF_TEXT: Final = 2  # field type ASCII
 _NIFTI_FIELDS: Final = ("descrip", "aux_file", "intent_name", "db_name", "data_type")
 _DICOM_EXTENSION: Final = 2
+DAMAGED: Final = "header that cannot be read whole"
+"""A place that may hold any text: nothing is known of what was not read."""
 
 
 def texts(path: Path) -> Iterator[tuple[str, str]]:
     """Name of the place and its text, for every text in a file's headers.
 
     Raises:
-        OSError: the file cannot be read. A damaged header ends the search: reading the image
-            reports that.
+        OSError: the file cannot be read. Where a header is damaged, :data:`DAMAGED` is one of the
+            places.
     """
     with path.open("rb") as file:
         head = file.read(132)
@@ -44,7 +45,10 @@ def _png(path: Path) -> Iterator[tuple[str, str]]:
         while len(head := file.read(8)) == 8:
             length, kind = int.from_bytes(head[:4], "big"), head[4:]
             if kind in _TEXT_CHUNKS:
-                yield f"PNG {kind.decode()} chunk", _chunk_text(kind, file.read(min(length, _MOST)))
+                text, whole = _chunk_text(kind, file.read(min(length, _MOST)))
+                yield f"PNG {kind.decode()} chunk", text
+                if not whole:
+                    yield DAMAGED, ""
                 file.seek(max(0, length - _MOST) + 4, 1)
             elif kind == b"eXIf":
                 data = file.read(min(length, _MOST))
@@ -59,17 +63,30 @@ def _png(path: Path) -> Iterator[tuple[str, str]]:
                 return
 
 
-def _chunk_text(kind: bytes, data: bytes) -> str:
+def _chunk_text(kind: bytes, data: bytes) -> tuple[str, bool]:
+    """The chunk's text, and whether all of it could be read."""
     key, _, rest = data.partition(b"\0")
+    whole = True
+    if kind == b"zTXt":
+        rest, whole = _inflated(rest[1:])
+    elif kind == b"iTXt":
+        packed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
+        if packed:
+            rest, whole = _inflated(rest)
+    return f"{key.decode('latin-1')}: {rest.decode('utf-8', 'replace')}", whole
+
+
+def _inflated(data: bytes) -> tuple[bytes, bool]:
+    """What can be unpacked, and whether it ends as it should."""
+    stream, found = zlib.decompressobj(), bytearray()
     try:
-        if kind == b"zTXt":
-            rest = zlib.decompressobj().decompress(rest[1:], _MOST)
-        elif kind == b"iTXt":
-            packed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
-            rest = zlib.decompressobj().decompress(rest, _MOST) if packed else rest
+        for byte in data:  # one at a time, so that all text before a damaged place is kept
+            found += stream.decompress(bytes((byte,)), _MOST)
+            if len(found) >= _MOST:
+                break
     except zlib.error:
-        pass
-    return f"{key.decode('latin-1')}: {rest.decode('utf-8', 'replace')}"
+        return bytes(found), False
+    return bytes(found), stream.eof
 
 
 def _pillow(path: Path) -> Iterator[tuple[str, str]]:
@@ -78,19 +95,19 @@ def _pillow(path: Path) -> Iterator[tuple[str, str]]:
 
     try:
         with Image.open(path) as image:
-            found = dict(image.getexif())
+            comment = image.info.get("comment")
+            if comment:
+                yield "JPEG comment", _plain(comment)
+            exif = image.getexif()
+            for tag, value in exif.items():
+                if isinstance(value, str | bytes):
+                    yield f"EXIF {TAGS.get(tag, tag)}", _plain(value)
             for ifd, names in ((IFD.Exif, TAGS), (IFD.GPSInfo, GPSTAGS)):
-                for tag, value in image.getexif().get_ifd(ifd).items():
+                for tag, value in exif.get_ifd(ifd).items():
                     if isinstance(value, str | bytes) or ifd == IFD.GPSInfo:
                         yield f"EXIF {names.get(tag, tag)}", _plain(value)
-            comment = image.info.get("comment")
-    except Exception:
-        return  # not an image that Pillow reads: the check of images says so
-    for tag, value in found.items():
-        if isinstance(value, str | bytes):
-            yield f"EXIF {TAGS.get(tag, tag)}", _plain(value)
-    if comment:
-        yield "JPEG comment", _plain(comment)
+    except Exception:  # whatever Pillow raises for what it was given
+        yield DAMAGED, ""
 
 
 def _plain(value: object) -> str:
@@ -121,5 +138,5 @@ def _nifti(path: Path) -> Iterator[tuple[str, str]]:
             kind = "DICOM extension of NIfTI" if code == _DICOM_EXTENSION else "NIfTI extension"
             content = extension.get_content()
             yield kind, content.decode("latin-1") if isinstance(content, bytes) else str(content)
-    except Exception:
-        return  # not a volume that nibabel reads: the check of images says so
+    except Exception:  # whatever nibabel raises for what it was given
+        yield DAMAGED, ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import nibabel
@@ -162,6 +164,48 @@ def test_planted_identifiers_are_found(folder, what):
     texts = found(folder)
     assert any(place in text for text in texts), texts
     assert main(["data", "check", "--strict", str(folder)]) == 2
+
+
+def damaged_text(folder):
+    """A compressed text whose end is overwritten, as no reader of images minds."""
+    png(folder, zNote=f"born 1947-02-13 {'and so on ' * 200}")
+    path = folder / "images/a0.png"
+    data = bytearray(path.read_bytes())
+    at = data.index(b"zTXt")
+    (length,) = struct.unpack(">I", data[at - 4 : at])
+    data[at + length - 12 : at + length - 4] = b"\xff" * 8
+    data[at + 4 + length : at + 8 + length] = struct.pack(
+        ">I", zlib.crc32(data[at : at + 4 + length])
+    )
+    path.write_bytes(data)
+
+
+def test_what_a_damaged_text_holds_before_the_damage_is_found(folder):
+    damaged_text(folder)
+    texts = [text for text in found(folder) if "a0.png" in text]
+    assert any("zTXt chunk looks like" in text for text in texts), texts
+    assert any("header that cannot be read whole" in text for text in texts), texts
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_header_that_cannot_be_read_is_no_clean_one(folder, monkeypatch, late):
+    """Whether at once or after a part of it, which is looked at all the same."""
+    exif(folder, "images/a1.jpg", 0x010E, "Doe^Jane")
+
+    def fail(*_):
+        raise ValueError("a tag of another kind than it says")
+
+    where = (Image.Exif, "get_ifd") if late else (Image.Image, "getexif")
+    monkeypatch.setattr(*where, fail)
+    texts = [text for text in found(folder) if "a1.jpg" in text]
+    assert any("header that cannot be read whole" in text for text in texts), texts
+    assert any("ImageDescription" in text for text in texts) is late
+
+
+def test_a_volume_that_cannot_be_read_is_no_clean_one(folder):
+    (folder / "v.nii.gz").write_bytes(gzip.compress(b"no volume", mtime=0))
+    texts = [text for text in found(folder) if "v.nii.gz" in text]
+    assert any("header that cannot be read whole" in text for text in texts), texts
 
 
 def test_dates_in_a_date_column_are_doubtful_only(folder):
