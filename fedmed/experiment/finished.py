@@ -24,6 +24,7 @@ from fedmed.experiment.sites import load_hospitals
 from fedmed.federation.site_state import SiteState
 from fedmed.report.runfolder import read_summary
 from fedmed.report.summary import Summary
+from fedmed.training.arrays import put_personal
 from fedmed.training.build import build
 from fedmed.training.trainer import pick_device
 from fedmed.types import TrainTask
@@ -101,7 +102,7 @@ class FinishedRun:
             if not path.exists():
                 continue  # a site that could not finish alone has no network
             self._load(model, path)
-            self._copy(model, self._personal(hospital.name))
+            put_personal(model, self._personal(hospital.name))
             yield hospital.name, model
 
     def shared(self) -> nn.Module:
@@ -154,9 +155,3 @@ class FinishedRun:
                 f"{path} is not the network of {self.folder / CONFIG}",
                 "resume the run to write it anew",
             ) from error
-
-    @staticmethod
-    def _copy(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-        own = model.state_dict(keep_vars=True)
-        for name, tensor in tensors.items():
-            own[name].data.copy_(tensor)
