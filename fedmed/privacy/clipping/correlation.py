@@ -26,6 +26,7 @@ from fedmed.privacy.clipping.patches import (
 
 _SMALL: Final = 1 << 22  # bytes of columns that no network notices
 _CACHE: Final = 1 << 20  # bytes that a core of a CPU keeps at hand
+_BLOCK: Final = 16  # channels that oneDNN lays side by side, be they there or not
 
 
 class ConvolutionGradient(WeightGradient):
@@ -61,9 +62,12 @@ class ConvolutionGradient(WeightGradient):
 
     def forms(self) -> Mapping[str, Callable[[Span], Tensor]]:
         """See :meth:`WeightGradient.forms`."""
-        ways = {"loop": self._loop, "grouped": self._grouped}
+        ways = {"loop": self._loop}
         geometry = self._geometry
         q, p, *kernel = geometry.weight
+        blocks = self.layout.units * self.size * max(1, _BLOCK // p) * self.inputs.itemsize
+        if p >= _BLOCK or blocks <= self._room:
+            ways["grouped"] = self._grouped
         pointwise = math.prod(kernel) == 1
         dense = set(geometry.stride) == {1} and not any(geometry.output_padding)
         if geometry.groups == 1:
