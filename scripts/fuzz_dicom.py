@@ -105,7 +105,8 @@ def tasks(
         for kind in ("images", "volume"):
             unit = {"kind": kind, "rule": 0, "name": path.name, "patient": "p",
                     "paths": [path.name], "enhanced": kind == "volume", "series": "",
-                    "burned_in": "NO", "risky": False, "masks": []}  # fmt: skip
+                    "burned_in": "NO", "risky": False, "head": False, "recognizable": False,
+                    "masks": []}  # fmt: skip
             yield Task((kind, path), {"convert": [unit]})
         number += 1
 

@@ -54,6 +54,15 @@ def add_dicom(parser: argparse.ArgumentParser) -> None:
         choices=("off", "risky", "all"),
         help="images that the text detector looks at (risky: kinds that often hold text)",
     )
+    parser.add_argument(
+        "--deface",
+        metavar="COMMAND",
+        help="the hospital's own tool for head volumes, with {input} and {output}, as "
+        "'mideface --i {input} --o {output}' (docs/dicom.md)",
+    )
+    parser.add_argument(
+        "--deface-seconds", type=float, metavar="S", help="after which it has failed (1800)"
+    )
     parser.add_argument("--workers", type=int, help="processes that read files (one a core)")
     parser.add_argument("--seconds", type=float, help="after which a file is broken (300)")
     parser.add_argument("--memory", type=float, help="GiB of address space of a worker (4)")

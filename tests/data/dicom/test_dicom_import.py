@@ -362,6 +362,17 @@ def test_private_folder_must_lie_outside(tmp_path):
         run(tmp_path / "src", tmp_path / "dst", private=tmp_path / "dst" / "p")
 
 
+@pytest.mark.parametrize(
+    ("dst", "private"), [("src/site", None), ("site", "src/deep/p"), ("link/site", "p")]
+)
+def test_nothing_is_made_inside_the_source(tmp_path, dst, private):
+    save(image(picture()), tmp_path / "src" / "a.dcm")
+    (tmp_path / "link").symlink_to(tmp_path / "src")
+    with pytest.raises(DataError, match="inside the source"):
+        run(tmp_path / "src", tmp_path / dst, private=private and tmp_path / private)
+    assert [path.name for path in (tmp_path / "src").iterdir()] == ["a.dcm"]
+
+
 def test_workers_that_cannot_start_are_no_broken_files(tmp_path, monkeypatch):
     save(image(picture()), tmp_path / "src" / "a.dcm")
     monkeypatch.setattr("fedmed.data.importers.dicom.pool._MODULE", "no_such_module")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedmed.data.importers.dicom import burned_in, masks
 from fedmed.data.importers.dicom import vocabulary as words
 from fedmed.data.importers.dicom.burned_in import Detect
+from fedmed.data.importers.dicom.deface import to_be_defaced
 from fedmed.data.importers.dicom.geometry import Stack, stack_slices
 from fedmed.data.importers.dicom.identity import SiteKey
 from fedmed.data.importers.dicom.pixels import PixelSource
@@ -46,6 +47,8 @@ class Settings:
         private: the site's private folder, for previews of what is quarantined.
         classes: names of mask labels 1, 2, ….
         review: what a person decided on quarantined objects.
+        deface: words of the hospital's defacing command; empty without one.
+        deface_seconds: time limit of one run of it.
     """
 
     source: Path
@@ -57,6 +60,8 @@ class Settings:
     detect: Detect
     classes: tuple[str, ...]
     review: Review
+    deface: tuple[str, ...] = ()
+    deface_seconds: float = 0.0
 
 
 def convert(unit: dict[str, Any], settings: Settings) -> dict[str, Any]:
@@ -186,7 +191,10 @@ class _Conversion:
     def _held(self, shown: Sequence[NDArray[Any]], count: int, *, fine: bool = True) -> str:
         """Why the unit goes to the quarantine; a preview of it is left there."""
         settings, unit = self._settings, self._unit
-        reason = burned_in.suspicion(unit["burned_in"], unit["risky"])
+        later = bool(settings.deface) and to_be_defaced(unit["kind"], unit["head"], self._rule)
+        reason = burned_in.suspicion(
+            unit["burned_in"], unit["risky"], unit["recognizable"] and not later
+        )
         self._token = settings.key.token("object", self._digest.digest())
         if self._token in settings.review.cleared:
             return ""

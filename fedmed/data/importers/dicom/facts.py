@@ -40,6 +40,8 @@ class Facts:
         localizer: a scout image.
         burned_in: ``YES``, ``NO`` or ``UNMARKED``.
         risky: a kind of image whose pixels often hold text.
+        head: a slice or volume that may show a face.
+        recognizable: marked as showing features by which a person can be recognised.
         number: instance number, to order frames without geometry.
         cells: ready manifest cells.
         references: series pseudonyms that a mask object refers to.
@@ -67,6 +69,8 @@ class Facts:
     localizer: bool = False
     burned_in: str = UNMARKED
     risky: bool = False
+    head: bool = False
+    recognizable: bool = False
     number: int = 0
     cells: dict[str, str] = field(default_factory=dict)
     references: tuple[str, ...] = ()

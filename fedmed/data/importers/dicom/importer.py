@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from fedmed.data.files import unwritable
 from fedmed.data.importers.base import Draft, draft, is_import
@@ -18,7 +18,9 @@ from fedmed.data.importers.dicom import burned_in
 from fedmed.data.importers.dicom.archive import find_files
 from fedmed.data.importers.dicom.burned_in import Detect
 from fedmed.data.importers.dicom.convert import Settings
+from fedmed.data.importers.dicom.deface import read_command, to_be_defaced
 from fedmed.data.importers.dicom.facts import BROKEN, SKIPPED
+from fedmed.data.importers.dicom.heads import HeadTally
 from fedmed.data.importers.dicom.identity import KEY_NAME, load_key, private_folder
 from fedmed.data.importers.dicom.labels import LabelTable, read_labels, read_optouts
 from fedmed.data.importers.dicom.link_masks import link_masks
@@ -27,7 +29,7 @@ from fedmed.data.importers.dicom.plan import VOLUME, Unit, plan_units
 from fedmed.data.importers.dicom.pool import Pool, Task
 from fedmed.data.importers.dicom.quarantine import read_review, remove_decided
 from fedmed.data.importers.dicom.rules import load_rules
-from fedmed.data.importers.dicom.stages import Progress, Stages
+from fedmed.data.importers.dicom.stages import Progress, Result, Stages
 from fedmed.data.importers.dicom.worker import setup_message
 from fedmed.data.importers.report import ImportReport, Outcome
 from fedmed.data.importers.staging import check_free
@@ -35,6 +37,7 @@ from fedmed.data.manifest import OPTOUT, read_optout
 from fedmed.errors import DataError
 
 _OPTED_OUT: Final = "patient opted out"
+_AROUND_TOOL: Final = 300  # seconds to read and write a volume beside the defacing tool
 
 
 def import_dicom(
@@ -57,6 +60,9 @@ def import_dicom(
         raise DataError(f"{src} does not exist", "check the path of the source")
     check_free(dst, is_import, options.overwrite)
     private = private_folder_of(dst, options.private)
+    _check_apart(src, dst, private)
+    rules = load_rules(options.rules)
+    deface = read_command(options.deface) if options.deface else ()
     key = load_key(private / KEY_NAME)
     private_folder(private)
     detect = options.detect if burned_in.detector() else Detect.OFF
@@ -72,11 +78,13 @@ def import_dicom(
         work=private_folder(work),
         private=private,
         key=key,
-        rules=load_rules(options.rules),
+        rules=rules,
         dates=options.dates,
         detect=detect,
         classes=options.classes,
         review=read_review(private),
+        deface=deface,
+        deface_seconds=options.deface_seconds,
     )
     setup = setup_message(settings, int(options.memory * (1 << 30)))
     with _only_one(work), Pool(setup, options.workers, options.seconds) as pool:
@@ -98,6 +106,8 @@ class _Import:
     progress: Progress
     counts: list[tuple[Outcome, str, int]] = field(default_factory=list)
     rows: list[dict[str, str]] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)  # of images that a tool wrote anew
+    heads: HeadTally = field(default_factory=HeadTally)
 
     def run(self) -> ImportReport:
         table = read_labels(self.options, self.settings.key)
@@ -122,7 +132,8 @@ class _Import:
         units, unused = link_masks(plan.units, sources, found.niftis, table, self.settings)
         for outcome, reason in unused:
             self._count(outcome, reason)
-        for unit, result in stages.convert(list(self._wanted(units, table))):
+        converted = stages.convert(list(self._wanted(units, table)))
+        for unit, result in self._defaced(stages, converted):
             self._take(unit, result, table)
         with draft("dicom", self.src, self.dst, self.options) as site:
             return self._finish(site, gone, table)
@@ -136,7 +147,35 @@ class _Import:
             else:
                 yield unit
 
-    def _take(self, unit: Unit, result: dict[str, Any], table: LabelTable | None) -> None:
+    def _defaced(
+        self, stages: Stages, converted: Iterable[tuple[Unit, Result]]
+    ) -> Iterator[tuple[Unit, Result]]:
+        """The units with their results, head volumes after the hospital's tool."""
+        heads = []
+        for unit, result in converted:
+            rule = self.settings.rules.rules[unit.rule]
+            kept = result["outcome"] == Outcome.KEPT
+            if self.settings.deface and kept and to_be_defaced(unit.kind, unit.head, rule):
+                heads.append((unit, result))
+            else:
+                self.heads.add(unit, rule, Outcome(result["outcome"]), tried=False)
+                yield unit, result
+        if not heads:
+            return
+        # the tool may need more memory than a decoder, and has its own limit of time
+        setup = setup_message(self.settings, 0)
+        seconds = self.options.deface_seconds + _AROUND_TOOL
+        with Pool(setup, self.options.workers, seconds) as pool:
+            for unit, result in stages.deface(heads, pool):
+                rule = self.settings.rules.rules[unit.rule]
+                outcome = Outcome(result["outcome"])
+                self.heads.add(unit, rule, outcome, tried=True)
+                if outcome is Outcome.KEPT:
+                    (place,) = result["files"]
+                    self.places[result["rows"][0]["image"]] = place
+                yield unit, result
+
+    def _take(self, unit: Unit, result: Result, table: LabelTable | None) -> None:
         outcome = Outcome(result["outcome"])
         if outcome is not Outcome.KEPT:
             self._count(outcome, result["reason"], len(unit.sources))
@@ -170,7 +209,7 @@ class _Import:
             for path in filter(None, (row["image"], row.get("mask"))):
                 target = site.folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                (self.settings.work / path).rename(target)
+                (self.settings.work / self.places.get(path, path)).rename(target)
         if gone:
             with (site.folder / OPTOUT).open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([["patient_id"], *([one] for one in sorted(gone))])
@@ -188,6 +227,7 @@ class _Import:
             notes.append("dates were moved back by a number of days of the patient's own")
         if self.options.detect is not Detect.OFF and self.settings.detect is Detect.OFF:
             notes.append("no text detector is installed: images marked as free of text were kept")
+        notes += self.heads.notes()
         for reason, count in sorted((table.faults if table else {}).items()):
             notes.append(f"{count} rows of the table of labels: {reason}")
 
@@ -211,13 +251,20 @@ def _check_splits(rows: list[dict[str, str]]) -> None:
             )
 
 
+def _check_apart(src: Path, dst: Path, private: Path) -> None:
+    """A second import of ``src`` must not find what the first one made."""
+    for made, remedy in ((dst, "import into another folder"), (private, "give another --private")):
+        if src.is_dir() and made.resolve().is_relative_to(src.resolve()):
+            raise DataError(f"{made} lies inside the source {src}", remedy)
+
+
 def _need_pydicom() -> None:
     try:
         import pydicom  # noqa: F401
     except ImportError as error:
         raise DataError(
             "reading DICOM needs pydicom, which is not installed",
-            "install fedmed-imaging[dicom]",
+            "install it with `uv sync --extra dicom`",
         ) from error
 
 

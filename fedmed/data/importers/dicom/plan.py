@@ -73,6 +73,11 @@ class Unit:
         tokens = [s.facts.instance or s.token for s in self.sources]
         return hashlib.sha256("/".join(sorted(tokens)).encode()).hexdigest()[:32]
 
+    @property
+    def head(self) -> bool:
+        """Whether any of its files may show a part of a face."""
+        return any(source.facts.head for source in self.sources)
+
     def identity(self, settings: str) -> str:
         """Changes with any file of the unit and with ``settings``: what the journal goes by."""
         files = [(s.token, s.stamp) for s in self.sources]
@@ -95,6 +100,8 @@ class Unit:
             if any(s.facts.burned_in == YES for s in self.sources)
             else facts.burned_in,
             "risky": any(s.facts.risky for s in self.sources),
+            "head": self.head,
+            "recognizable": any(s.facts.recognizable for s in self.sources),
             "masks": [[mask.kind, mask.path] for mask in self.masks],
         }
 

@@ -90,6 +90,7 @@ class _Reader:
             raise Unusable("localizer", skip=True)
         self._check_length(left)
         identity = self._identity()
+        recognizable = self.text("RecognizableVisualFeatures").upper() == YES
         colour = int(self._dataset.get("SamplesPerPixel") or 1) > 1
         return Facts(
             IMAGE,
@@ -105,6 +106,11 @@ class _Reader:
             risky=modality in words.RISKY
             or not modality
             or sop_class.startswith(words.RISKY_CLASSES),
+            head=recognizable
+            or words.shows_head(
+                modality, described["body_part"], f"{self.text('BodyPartExamined')}\n{text}"
+            ),
+            recognizable=recognizable,
             number=self._whole("InstanceNumber"),
             cells=self._cells(described, identity["patient"]),
         )

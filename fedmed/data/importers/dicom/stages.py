@@ -83,12 +83,7 @@ class Stages:
         """
         journal = Journal(self.settings.work / "done.jsonl")
         known = journal.read()
-        review = self.settings.review
-        digest = self._digest(
-            self.settings.rules.digest(),
-            json.dumps([self.settings.classes, self.settings.detect, review.cleared]),
-            json.dumps(sorted(review.rejected)),
-        )
+        digest = self._conversion()
         pending, done = [], 0
         for unit in units:
             result = known.get(unit.identity(digest))
@@ -106,6 +101,60 @@ class Stages:
                 yield unit, result
         finally:
             journal.flush()
+
+    def deface(
+        self, converted: Sequence[tuple[Unit, Result]], pool: Pool
+    ) -> Iterator[tuple[Unit, Result]]:
+        """Kept head volumes, each with the result of defacing it; ``files`` says where it lies.
+
+        Only what went well is noted: after a failure the tool may have been mended.
+
+        Args:
+            pool: of workers that may wait for the tool.
+
+        Raises:
+            DataError: the work folder cannot be written.
+        """
+        journal = Journal(self.settings.work / "defaced.jsonl")
+        known = journal.read()
+        digest = self._digest(self._conversion(), json.dumps(self.settings.deface))
+        pending, done = [], 0
+        for unit, result in converted:
+            former = known.get(unit.identity(digest))
+            if former is not None and self._still_there(former):
+                done += 1
+                yield unit, result | former
+            else:
+                pending.append((unit, result))
+        self.progress("deface", done, len(converted))
+        tasks = (Task((u, r), {"deface": [r["rows"][0]["image"]]}) for u, r in pending)
+        try:
+            for (unit, result), answer in pool.run(tasks):
+                if isinstance(answer, str):
+                    found = {
+                        "outcome": Outcome.QUARANTINED,
+                        "reason": f"head not defaced: {answer}",
+                    }
+                else:
+                    found = self._done(answer)[0]
+                if found["outcome"] == Outcome.KEPT:
+                    journal.add(unit.identity(digest), found)
+                    journal.flush()  # it may have taken minutes
+                done += 1
+                self.progress("deface", done, len(converted))
+                yield unit, result | found
+        finally:
+            journal.flush()
+
+    def _conversion(self) -> str:
+        """Changes with whatever a conversion depends on besides its files."""
+        review = self.settings.review
+        return self._digest(
+            self.settings.rules.digest(),
+            json.dumps([self.settings.classes, self.settings.detect, review.cleared]),
+            json.dumps(sorted(review.rejected)),
+            json.dumps(bool(self.settings.deface)),
+        )
 
     def _scanned(self, paths: list[str]) -> Iterator[tuple[str, Facts]]:
         batches = [paths[i : i + _SCAN_BATCH] for i in range(0, len(paths), _SCAN_BATCH)]

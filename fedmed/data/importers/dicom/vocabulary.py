@@ -7,6 +7,7 @@ as a number, or as a word of the closed lists below. Defined terms are those of 
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 # Read to sort, select and hash; never copied.
@@ -28,6 +29,7 @@ DESCRIPTIVE: Final = (
     "Modality",
     "ImageType",
     "BurnedInAnnotation",
+    "RecognizableVisualFeatures",
     "PatientSex",
     "Manufacturer",
     "BodyPartExamined",
@@ -133,6 +135,14 @@ BODY_PARTS: Final = _set(
     "RIB SACRUM SCAPULA SHOULDER SKULL SPINE SPLEEN STERNUM TESTIS THIGH THUMB THYROID TOE TSPINE "
     "UTERUS WHOLEBODY WRIST"
 )
+TOMOGRAPHIC: Final = frozenset(("CT", "MR", "PT"))
+HEAD_PARTS: Final = _set("BRAIN EYE HEAD HEADNECK JAW MAXILLA SKULL WHOLEBODY")
+# Searched where the header names no body part of the list; only whether it fits is kept.
+_HEAD_WORDS: Final = re.compile(
+    r"brain|\bhead|skull|crani|cereb|\bface|facial|orbit|sinus|sella|pituit|neuro|"
+    r"kopf|sch(ä|ae)del|hirn|t[eê]te|cr[aâ]ne|cervell|cabeza|cr[aá]neo",
+    re.IGNORECASE,
+)
 # Word in the Manufacturer attribute to the name that is written.
 MANUFACTURERS: Final = (
     ("siemens", "Siemens"),
@@ -163,6 +173,18 @@ def manufacturer(text: str) -> str:
     """The maker's name from the closed list, or ``""``; never the text itself."""
     found = text.lower()
     return next((name for word, name in MANUFACTURERS if found.startswith(word)), "")
+
+
+def shows_head(modality: str, body_part: str, text: str) -> bool:
+    """Whether a slice may hold a part of a face.
+
+    Args:
+        body_part: a word of `BODY_PARTS` or ``""``.
+        text: what the header says in free text; it is looked at and dropped.
+    """
+    if modality not in TOMOGRAPHIC:
+        return False
+    return body_part in HEAD_PARTS or (not body_part and bool(_HEAD_WORDS.search(text)))
 
 
 def word(text: str, allowed: frozenset[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from fedmed.data.importers.dicom.burned_in import Detect
 from fedmed.data.importers.dicom.convert import Settings, convert
+from fedmed.data.importers.dicom.deface import deface
 from fedmed.data.importers.dicom.identity import SiteKey
 from fedmed.data.importers.dicom.quarantine import Review
 from fedmed.data.importers.dicom.rules import Rules
@@ -31,7 +32,7 @@ def quiet() -> None:
 
 
 def setup_message(settings: Settings, memory: int) -> dict[str, Any]:
-    """What `serve` needs first; ``memory`` is the limit of address space in bytes."""
+    """What `serve` needs first; ``memory`` is the limit of address space in bytes; 0: none."""
     return {
         "source": str(settings.source),
         "work": str(settings.work),
@@ -43,6 +44,8 @@ def setup_message(settings: Settings, memory: int) -> dict[str, Any]:
         "classes": settings.classes,
         "cleared": settings.review.cleared,
         "rejected": sorted(settings.review.rejected),
+        "deface": settings.deface,
+        "deface_seconds": settings.deface_seconds,
         "memory": memory,
     }
 
@@ -59,11 +62,14 @@ def read_setup(message: dict[str, Any]) -> Settings:
         detect=Detect(message["detect"]),
         classes=tuple(message["classes"]),
         review=Review(message["cleared"], frozenset(message["rejected"])),
+        deface=tuple(message["deface"]),
+        deface_seconds=message["deface_seconds"],
     )
 
 
 def answer(message: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """``scan`` with paths gives facts; ``convert`` with units gives their outcomes."""
+    """``scan`` with paths gives facts; ``convert`` with units, ``deface`` with paths of volumes
+    give their outcomes."""
     if "scan" in message:
         found = [
             scan_file(settings.source / path, settings.key, settings.rules, dates=settings.dates)
@@ -71,6 +77,8 @@ def answer(message: dict[str, Any], settings: Settings) -> dict[str, Any]:
         ]
         return {"facts": [facts.to_dict() for facts in found]}
     try:
+        if "deface" in message:
+            return {"done": [deface(path, settings) for path in message["deface"]]}
         return {"done": [convert(unit, settings) for unit in message["convert"]]}
     except OSError as error:
         return {"fatal": error.strerror or type(error).__name__}
@@ -80,7 +88,8 @@ def serve(lines: BinaryIO, out: BinaryIO) -> None:
     """Answer until the other end closes."""
     setup = json.loads(lines.readline())
     limit = setup["memory"]
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if limit:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no memory image with names in it
     quiet()
     settings = read_setup(setup)
