@@ -13,7 +13,13 @@ from fedmed.cli.main import main
 from fedmed.data.importers.dicom import DicomOptions
 from fedmed.data.importers.dicom.burned_in import count_words, detector, suspicion
 from fedmed.data.importers.dicom.importer import import_dicom
-from fedmed.data.importers.dicom.quarantine import pending, read_review
+from fedmed.data.importers.dicom.quarantine import (
+    pending,
+    read_review,
+    save_preview,
+    write_review,
+)
+from fedmed.data.importers.dicom.sheet import write_sheet
 from fedmed.errors import DataError
 
 needs_tesseract = pytest.mark.skipif(detector() is None, reason="tesseract is not installed")
@@ -84,9 +90,9 @@ def test_review_by_command(tmp_path, capsys):
     assert main(["data", "review", site]) == 0
     assert "1 undecided" in capsys.readouterr().out
     private = tmp_path / "dst.private"
-    for name in ("review.html", "review.csv", "identity.key"):
+    for name in ("review.html", "review_01.png", "review.csv", "identity.key"):
         assert (private / name).stat().st_mode & 0o077 == 0
-    ((token, _, _),) = pending(private)
+    token = pending(private)[0].token
     assert token in (private / "review.html").read_text()
     rows = list(csv.DictReader((private / "review.csv").read_text().splitlines()))
     assert [row["decision"] for row in rows] == [""]
@@ -94,6 +100,7 @@ def test_review_by_command(tmp_path, capsys):
     (private / "review.csv").write_text(table)
     arguments = ["data", "import", "dicom", str(tmp_path / "src"), site, "--overwrite"]
     assert main(arguments) == 0
+    assert not list(private.glob("review_*.png"))  # it showed what was decided on
     assert "quarantined      0" in " ".join(capsys.readouterr().out.split("\n"))
     assert main(["data", "review", str(tmp_path / "other")]) == 2
 
@@ -106,3 +113,27 @@ def test_a_decision_that_cannot_be_understood_is_refused(tmp_path, line):
     (tmp_path / "review.csv").write_text(f"token,decision,boxes\n{text}\n")
     with pytest.raises(DataError, match="row 2"):
         read_review(tmp_path)
+
+
+def test_pages_of_the_sheet_number_the_rows_of_the_table(tmp_path):
+    for number in range(23):
+        pixels = np.full((40, 60 + 10 * (number == 22)), number, np.uint8)
+        save_preview(tmp_path, f"{number:032x}", [pixels], "marked" if number else "first", 1)
+    write_review(tmp_path)
+    page, pages = write_sheet(tmp_path)
+    assert [path.name for path in pages] == ["review_01.png", "review_02.png"]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in pages)
+    rows = list(csv.DictReader((tmp_path / "review.csv").read_text().splitlines()))
+    html = page.read_text()
+    for one in pending(tmp_path):
+        assert rows[one.row - 2]["token"] == one.token
+        assert html.index(f"row {one.row}:") < html.index(f"<code>{one.token}")
+    with Image.open(pages[0]) as first, Image.open(pages[1]) as second:
+        assert first.width == second.width > 5 * 400
+        assert first.height > 4 * 400 > 500 > second.height
+        assert first.getpixel((12 + 200, 12 + 36 + 100)) == 0  # row 2 in the first tile
+        assert second.getpixel((12 + 200, 12 + 36 + 100)) == 20  # row 22 begins the second page
+    for number in range(3, 23):
+        (tmp_path / "quarantine" / f"{number:032x}.png").unlink()
+    assert len(write_sheet(tmp_path)[1]) == 1
+    assert len(list(tmp_path.glob("review_*.png"))) == 1
