@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -195,7 +196,8 @@ def test_one_bad_file_never_stops_an_import(tmp_path):
     (src / "link.dcm").symlink_to(src / "good.dcm")
     report = run(src, tmp_path / "dst")
     assert report.kept == 1
-    assert report.kept + report.skipped + report.broken == 6  # links are not followed
+    assert report.kept + report.skipped + report.broken == 7
+    assert report.reasons["skipped"]["link (not followed)"] == 1
 
 
 def test_nothing_to_keep_leaves_nothing(tmp_path):
@@ -221,6 +223,51 @@ def test_dicomdir_names_the_files(tmp_path):
     assert run(tmp_path / "cd" / "DICOMDIR", tmp_path / "dst").kept == 3
     with pytest.raises(DataError, match="no DICOMDIR"):
         run(tmp_path / "cd" / "not_listed.dcm", tmp_path / "other")
+
+
+def test_what_is_not_looked_at_is_counted(tmp_path):
+    src = tmp_path / "src"
+    save(image(picture()), src / "a.dcm")
+    save(image(picture(1), patient="P2"), tmp_path / "elsewhere" / "b.dcm")
+    (src / "link.dcm").symlink_to(tmp_path / "elsewhere" / "b.dcm")
+    (src / "folder").symlink_to(tmp_path / "elsewhere")
+    (src / ".hidden").mkdir()
+    (src / ".DS_Store").write_text("x")
+    os.mkfifo(src / "pipe")
+    (src / "README.md").write_text("belongs to the import")
+    report = run(src, tmp_path / "dst")
+    assert report.reasons["skipped"] == {
+        "link (not followed)": 2,
+        "hidden file or folder": 2,
+        "no regular file": 1,
+    }
+    assert report.kept == 1
+
+
+def test_what_a_dicomdir_lists_is_accounted_for(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(pydicom.config.settings, "writing_validation_mode", pydicom.config.IGNORE)
+    save(image(picture()), tmp_path / "cd" / "IN" / "A")
+    save(image(picture(1), patient="P2"), tmp_path / "outside")
+    (tmp_path / "cd" / "LINK").symlink_to(tmp_path)
+    records = []
+    for name in ("IN\\A", "IN\\Meier", "..\\outside", "LINK\\outside", "/etc/passwd"):
+        record = pydicom.Dataset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            record.DirectoryRecordType, record.ReferencedFileID = "IMAGE", name.split("\\")
+        records.append(record)
+    capfd.readouterr()
+    listing = image(picture())
+    listing.DirectoryRecordSequence = records
+    save(listing, tmp_path / "cd" / "DICOMDIR")
+    report = run(tmp_path / "cd" / "DICOMDIR", tmp_path / "dst")
+    assert report.kept == 1
+    assert report.reasons["broken"] == {"listed in the DICOMDIR, not there": 1}
+    assert report.reasons["skipped"] == {
+        "link (not followed)": 1,
+        "listed in the DICOMDIR, outside of its folder": 2,
+    }
+    assert "Meier" not in "".join(capfd.readouterr())
 
 
 # --- opt-out ---------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from fedmed.data.importers.dicom.facts import BROKEN, SKIPPED
 from fedmed.data.importers.dicom.heads import HeadTally
 from fedmed.data.importers.dicom.identity import KEY_NAME, load_key, private_folder
 from fedmed.data.importers.dicom.labels import LabelTable, read_labels, read_optouts
-from fedmed.data.importers.dicom.link_masks import link_masks
+from fedmed.data.importers.dicom.link_masks import NIFTI, link_masks
 from fedmed.data.importers.dicom.options import DicomOptions, private_folder_of
 from fedmed.data.importers.dicom.plan import VOLUME, Unit, plan_units
 from fedmed.data.importers.dicom.pool import Pool, Task
@@ -107,6 +107,7 @@ class _Import:
     counts: list[tuple[Outcome, str, int]] = field(default_factory=list)
     rows: list[dict[str, str]] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)  # of images that a tool wrote anew
+    masks: set[str] = field(default_factory=set)  # of volumes that were kept
     heads: HeadTally = field(default_factory=HeadTally)
 
     def run(self) -> ImportReport:
@@ -115,6 +116,8 @@ class _Import:
         optout = self.options.optout or (source_list if source_list.is_file() else None)
         gone = read_optouts(optout, self.settings.key) | read_optout(self.dst)
         found = find_files(self.src)
+        for outcome, reason in found.left:
+            self._count(outcome, reason)
         stages = Stages(self.settings, self.pool, self.progress)
         sources = []
         for source in stages.scan(found.files, gone):
@@ -135,6 +138,7 @@ class _Import:
         converted = stages.convert(list(self._wanted(units, table)))
         for unit, result in self._defaced(stages, converted):
             self._take(unit, result, table)
+        self._count_masks(units)
         with draft("dicom", self.src, self.dst, self.options) as site:
             return self._finish(site, gone, table)
 
@@ -180,6 +184,7 @@ class _Import:
         if outcome is not Outcome.KEPT:
             self._count(outcome, result["reason"], len(unit.sources))
             return
+        self.masks |= {mask.token for mask in unit.masks}
         what = "slice of a volume" if unit.kind == VOLUME else "image"
         self._count(outcome, what, len(unit.sources))
         facts = unit.facts
@@ -190,6 +195,14 @@ class _Import:
             if self.options.site_name:
                 cells["site"] = self.options.site_name
             self.rows.append({**cells, **given, **row})
+
+    def _count_masks(self, units: Iterable[Unit]) -> None:
+        """Each mask file of the source counts once, whatever became of its volume."""
+        for mask in {mask.token: mask for unit in units for mask in unit.masks}.values():
+            if mask.of_source and mask.token in self.masks:
+                self._count(Outcome.KEPT, "NIfTI used as mask" if mask.kind == NIFTI else "mask")
+            elif mask.of_source:
+                self._count(Outcome.SKIPPED, "mask of a volume that was not kept")
 
     def _finish(self, site: Draft, gone: frozenset[str], table: LabelTable | None) -> ImportReport:
         site.tally.source = "a DICOM archive"  # a folder's name may be a patient's

@@ -39,12 +39,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Mask:
-    """A file that holds a volume's mask: ``segmentation``, ``structures`` or ``nifti``."""
+    """A file that holds a volume's mask: ``segmentation``, ``structures`` or ``nifti``.
+
+    Attributes:
+        of_source: it is one of the source's files; else a table elsewhere names it.
+    """
 
     kind: str
     path: str = field(repr=False)
     token: str
     stamp: str
+    of_source: bool = True
 
 
 @dataclass(frozen=True)

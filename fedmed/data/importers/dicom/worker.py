@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import resource
 import sys
@@ -16,19 +15,9 @@ from fedmed.data.importers.dicom.convert import Settings, convert
 from fedmed.data.importers.dicom.deface import deface
 from fedmed.data.importers.dicom.identity import SiteKey
 from fedmed.data.importers.dicom.quarantine import Review
+from fedmed.data.importers.dicom.reading import quiet
 from fedmed.data.importers.dicom.rules import Rules
 from fedmed.data.importers.dicom.scan import scan_file
-
-
-def quiet() -> None:
-    """pydicom warns and logs with the values it stumbles over: nothing of that may be seen."""
-    import pydicom
-
-    warnings.simplefilter("ignore")
-    logging.getLogger("pydicom").disabled = True
-    settings = pydicom.config.settings
-    settings.reading_validation_mode = pydicom.config.IGNORE
-    pydicom.config.INVALID_KEYWORD_BEHAVIOR = "IGNORE"
 
 
 def setup_message(settings: Settings, memory: int) -> dict[str, Any]:
@@ -91,6 +80,7 @@ def serve(lines: BinaryIO, out: BinaryIO) -> None:
     if limit:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no memory image with names in it
+    warnings.simplefilter("ignore")
     quiet()
     settings = read_setup(setup)
     for line in lines:
