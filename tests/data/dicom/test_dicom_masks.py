@@ -178,3 +178,15 @@ def test_mask_is_resampled_with_its_image(tmp_path, spacing):
     run(tmp_path / "src", tmp_path / "dst", rules=tmp_path / "r.yaml")
     mask, _ = the_mask(tmp_path / "dst")
     assert set(np.unique(mask)) == {0, 1}
+
+
+def test_an_image_of_eight_bits_is_not_taken_for_a_mask(tmp_path):
+    save_series(made(), tmp_path / "src")
+    run(tmp_path / "src", tmp_path / "plain")
+    record = read_manifest(tmp_path / "plain").records[0]
+    image = nibabel.load(tmp_path / "plain" / record.image)
+    values = (np.asarray(image.dataobj) % 250).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), tmp_path / "src" / "t1.nii.gz")
+    save_series(made(patient="other"), tmp_path / "src" / "other")
+    report = run(tmp_path / "src", tmp_path / "dst")
+    assert report.reasons["broken"] == {"mask with many labels (name the classes)": 6}

@@ -118,7 +118,7 @@ def test_a_decision_that_cannot_be_understood_is_refused(tmp_path, line):
 def test_pages_of_the_sheet_number_the_rows_of_the_table(tmp_path):
     for number in range(23):
         pixels = np.full((40, 60 + 10 * (number == 22)), number, np.uint8)
-        save_preview(tmp_path, f"{number:032x}", [pixels], "marked" if number else "first", 1)
+        save_preview(tmp_path, f"{number:032x}", [pixels], "marked" if number else "first", 1, "p")
     write_review(tmp_path)
     page, pages = write_sheet(tmp_path)
     assert [path.name for path in pages] == ["review_01.png", "review_02.png"]
@@ -137,3 +137,62 @@ def test_pages_of_the_sheet_number_the_rows_of_the_table(tmp_path):
         (tmp_path / "quarantine" / f"{number:032x}.png").unlink()
     assert len(write_sheet(tmp_path)[1]) == 1
     assert len(list(tmp_path.glob("review_*.png"))) == 1
+
+
+def decide(private, boxes: str) -> None:
+    token = pending(private)[0].token
+    (private / "review.csv").write_text(f"token,decision,boxes\n{token},clear,{boxes}\n")
+
+
+@pytest.mark.parametrize("boxes", ["300 0 30 10", "0 239 10 2", "0 0 0 9", "0 0 9 9;700 5 20 20"])
+def test_a_box_outside_of_the_image_blackens_nothing_and_lets_nothing_in(tmp_path, boxes):
+    """As when it was read off the preview of several frames, which stand side by side."""
+    frames = np.stack([written("DOE JANE")] * 3)
+    save(image(frames, modality="US"), tmp_path / "src" / "a")
+    save(image(written(""), patient="P2"), tmp_path / "src" / "b")
+    import_dicom(tmp_path / "src", tmp_path / "dst", DicomOptions(workers=1))
+    private = tmp_path / "dst.private"
+    decide(private, boxes)
+    again = DicomOptions(workers=1, overwrite=True)
+    report = import_dicom(tmp_path / "src", tmp_path / "dst", again)
+    assert report.reasons["quarantined"] == {"cleared with a box outside of the image": 1}
+    assert len(pending(private)) == 1  # to be looked at again
+    decide(private, "0 0 320 40")
+    assert import_dicom(tmp_path / "src", tmp_path / "dst", again).quarantined == 0
+    assert pending(private) == []
+
+
+@pytest.mark.parametrize("by_command", [True, False])
+def test_pictures_of_who_opts_out_go(tmp_path, by_command):
+    for name in ("P1", "P2"):
+        save(image(written(name), modality="US", patient=name), tmp_path / "src" / name)
+    save(image(written(""), patient="P3"), tmp_path / "src" / "b")
+    import_dicom(tmp_path / "src", tmp_path / "dst", DicomOptions(workers=1))
+    private = tmp_path / "dst.private"
+    write_review(private)
+    write_sheet(private)
+    assert len(pending(private)) == 2
+    (tmp_path / "gone.csv").write_text("patient_id\nP1\n")
+    if by_command:
+        assert main(["data", "optout", str(tmp_path / "dst"), str(tmp_path / "gone.csv")]) == 0
+    else:
+        options = DicomOptions(workers=1, overwrite=True, optout=tmp_path / "gone.csv")
+        import_dicom(tmp_path / "src", tmp_path / "dst", options)
+    assert len(pending(private)) == 1
+    assert len(list((private / "quarantine").iterdir())) == 2
+    assert not list(private.glob("review_*.png"))
+
+
+@pytest.mark.parametrize(
+    ("more", "held"),
+    [({"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, True),
+     ({"ImageType": ["DERIVED", "SECONDARY", "OTHER", "CSA REPORT"]}, True),
+     ({"ConversionType": "WSD"}, True), ({"ConversionType": "DF"}, True),
+     ({"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED"]}, False),
+     ({"ConversionType": "DI"}, False)],
+)  # fmt: skip
+def test_pictures_of_a_screen_are_set_aside_whatever_their_modality(tmp_path, more, held):
+    save(image(written(""), modality="CT", **more), tmp_path / "src" / "a")
+    save(image(written("x"), modality="CT", patient="P2"), tmp_path / "src" / "b")
+    report = import_dicom(tmp_path / "src", tmp_path / "dst", DicomOptions(workers=1))
+    assert report.quarantined == held

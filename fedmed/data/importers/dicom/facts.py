@@ -27,6 +27,7 @@ class Facts:
         reason: why it was skipped or is broken; one of a fixed set of phrases.
         patient, study, series, instance, frame_of_reference: pseudonyms, ``""`` if absent.
         patient_number: pseudonym of the hospital's patient number alone, for opt-out.
+        issuer: pseudonym of who gave out that number, ``""`` if the header does not say.
         accession: pseudonym of the accession number.
         rule: position of the selection rule that took the file.
         stack: values that must agree within one volume besides geometry (echo, b-value, …).
@@ -55,6 +56,7 @@ class Facts:
     instance: str = ""
     frame_of_reference: str = ""
     patient_number: str = ""
+    issuer: str = ""
     accession: str = ""
     rule: int = -1
     stack: str = ""

@@ -24,10 +24,15 @@ from fedmed.data.importers.dicom.heads import HeadTally
 from fedmed.data.importers.dicom.identity import KEY_NAME, load_key, private_folder
 from fedmed.data.importers.dicom.labels import LabelTable, read_labels, read_optouts
 from fedmed.data.importers.dicom.link_masks import NIFTI, link_masks
+from fedmed.data.importers.dicom.lists import Matching, match_lists, own_list
 from fedmed.data.importers.dicom.options import DicomOptions, private_folder_of
 from fedmed.data.importers.dicom.plan import VOLUME, Unit, plan_units
 from fedmed.data.importers.dicom.pool import Pool, Task
-from fedmed.data.importers.dicom.quarantine import read_review, remove_decided
+from fedmed.data.importers.dicom.quarantine import (
+    read_review,
+    remove_decided,
+    remove_opted_out,
+)
 from fedmed.data.importers.dicom.rules import load_rules
 from fedmed.data.importers.dicom.stages import Progress, Result, Stages
 from fedmed.data.importers.dicom.worker import setup_message
@@ -37,6 +42,8 @@ from fedmed.data.manifest import OPTOUT, read_optout
 from fedmed.errors import DataError
 
 _OPTED_OUT: Final = "patient opted out"
+_OTHER_IMAGE: Final = "object number of another file, with other pixels"
+_SHARED: Final = "identifier in the table of labels that two people share"
 _AROUND_TOOL: Final = 300  # seconds to read and write a volume beside the defacing tool
 
 
@@ -107,20 +114,25 @@ class _Import:
     counts: list[tuple[Outcome, str, int]] = field(default_factory=list)
     rows: list[dict[str, str]] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)  # of images that a tool wrote anew
+    matching: Matching = field(default_factory=lambda: Matching((), frozenset()))
+    previews: set[str] = field(default_factory=set)  # left in the quarantine by this import
     masks: set[str] = field(default_factory=set)  # of volumes that were kept
     heads: HeadTally = field(default_factory=HeadTally)
 
     def run(self) -> ImportReport:
         table = read_labels(self.options, self.settings.key)
-        source_list = self.settings.source / OPTOUT
-        optout = self.options.optout or (source_list if source_list.is_file() else None)
-        gone = read_optouts(optout, self.settings.key) | read_optout(self.dst)
+        optout = self.options.optout or own_list(self.settings.source)
+        listed = read_optouts(optout, self.settings.key)
+        gone = listed | read_optout(self.dst)
+        remove_opted_out(self.settings.private, gone)
         found = find_files(self.src)
         for outcome, reason in found.left:
             self._count(outcome, reason)
         stages = Stages(self.settings, self.pool, self.progress)
+        scanned = stages.scan(found.files, gone)
+        self.matching = match_lists(scanned, listed, gone, table)
         sources = []
-        for source in stages.scan(found.files, gone):
+        for source in scanned:
             if source.facts.patient and source.facts.patient in gone:
                 self._count(Outcome.SKIPPED, _OPTED_OUT)
                 continue
@@ -128,6 +140,9 @@ class _Import:
                 self._count(Outcome(source.facts.kind), source.facts.reason)
             sources.append(source)
         plan = plan_units(sources, self.settings.rules)
+        same = sum(stages.compare(plan.repeats))
+        self._count(Outcome.SKIPPED, "same object as another file", same)
+        self._count(Outcome.BROKEN, _OTHER_IMAGE, len(plan.repeats) - same)
         for _, reason in plan.skipped:
             self._count(Outcome.SKIPPED, reason)
         for _, reason in plan.broken:
@@ -144,7 +159,9 @@ class _Import:
 
     def _wanted(self, units: Iterable[Unit], table: LabelTable | None) -> Iterator[Unit]:
         for unit in units:
-            if table is not None and table.of(unit.facts) is None:
+            if table is not None and table.key(unit.facts) in self.matching.shared:
+                self._count(Outcome.SKIPPED, _SHARED, len(unit.sources))
+            elif table is not None and table.of(unit.facts) is None:
                 self._count(Outcome.SKIPPED, "not in the table of labels", len(unit.sources))
             elif self.options.require_mask and unit.kind == VOLUME and not unit.masks:
                 self._count(Outcome.SKIPPED, "volume without a mask", len(unit.sources))
@@ -183,6 +200,7 @@ class _Import:
         outcome = Outcome(result["outcome"])
         if outcome is not Outcome.KEPT:
             self._count(outcome, result["reason"], len(unit.sources))
+            self.previews.add(result.get("preview", ""))
             return
         self.masks |= {mask.token for mask in unit.masks}
         what = "slice of a volume" if unit.kind == VOLUME else "image"
@@ -229,7 +247,7 @@ class _Import:
             site.tally.notes.append(f"{len(gone)} patients are on the opt-out list")
         self._notes(site, table)
         report = site.finish(self.options, self.options.classes)
-        remove_decided(self.settings.private, self.settings.review)
+        remove_decided(self.settings.private, self.settings.review, frozenset(self.previews))
         os.sync()  # pixels were handed to the system without waiting for the disk
         return report
 
@@ -240,11 +258,13 @@ class _Import:
             notes.append("dates were moved back by a number of days of the patient's own")
         if self.options.detect is not Detect.OFF and self.settings.detect is Detect.OFF:
             notes.append("no text detector is installed: images marked as free of text were kept")
-        notes += self.heads.notes()
+        notes += [*self.matching.notes, *self.heads.notes()]
         for reason, count in sorted((table.faults if table else {}).items()):
             notes.append(f"{count} rows of the table of labels: {reason}")
 
     def _count(self, outcome: Outcome, reason: str, count: int = 1) -> None:
+        if not count:
+            return
         self.counts.append((outcome, reason, count))
 
 

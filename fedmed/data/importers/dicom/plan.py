@@ -113,11 +113,16 @@ class Unit:
 
 @dataclass
 class Plan:
-    """Units to convert, and files that were left out, by reason."""
+    """Units to convert, and files that were left out, by reason.
+
+    Attributes:
+        repeats: a file that is taken, and another one with the same object number.
+    """
 
     units: list[Unit] = field(default_factory=list)
     skipped: list[tuple[Source, str]] = field(default_factory=list)
     broken: list[tuple[Source, str]] = field(default_factory=list)
+    repeats: list[tuple[Source, Source]] = field(default_factory=list)
 
 
 def plan_units(sources: Iterable[Source], rules: Rules) -> Plan:
@@ -128,15 +133,20 @@ def plan_units(sources: Iterable[Source], rules: Rules) -> Plan:
     """
     plan = Plan()
     series: dict[tuple[str, str, str, int], list[Source]] = defaultdict(list)
-    seen: set[str] = set()
-    for source in sources:
+    images = [source for source in sources if source.facts.kind == IMAGE]
+    owners: dict[str, set[str]] = defaultdict(set)
+    for source in images:
+        owners[source.facts.instance].add(source.facts.patient)
+    taken: dict[str, Source] = {}
+    for source in images:
         facts = source.facts
-        if facts.kind != IMAGE:
+        if facts.instance and len(owners[facts.instance]) > 1:
+            plan.broken.append((source, "object number that a file of another patient has too"))
             continue
-        if facts.instance and facts.instance in seen:
-            plan.skipped.append((source, "same object as another file"))
+        first = taken.setdefault(facts.instance, source)
+        if facts.instance and first is not source:
+            plan.repeats.append((first, source))
             continue
-        seen.add(facts.instance)
         series[(facts.patient, facts.study, facts.series, facts.rule)].append(source)
     for (_, _, _, number), files in series.items():
         for files_of_stack in _stacks(files):

@@ -47,12 +47,20 @@ class Review:
 
 
 def save_preview(
-    private: Path, token: str, shown: Sequence[NDArray[Any]], reason: str, frames: int
+    private: Path,
+    token: str,
+    shown: Sequence[NDArray[Any]],
+    reason: str,
+    frames: int,
+    patient: str,
 ) -> None:
     """Leave a picture of an object and a note beside it.
 
     Of several frames the brightest value at each place is shown, since text stays while the
     anatomy moves; the first and last frames stand beside it.
+
+    Args:
+        patient: pseudonym; the picture goes when that patient opts out.
     """
     from PIL import Image
 
@@ -67,7 +75,7 @@ def save_preview(
     with atomic_writer(folder / f"{token}.png", mode=0o600, durable=False) as file:
         file.write(raw.getbuffer())
     with atomic_writer(folder / f"{token}.json", mode=0o600, durable=False) as file:
-        file.write(json.dumps({"reason": reason, "frames": frames}).encode())
+        file.write(json.dumps({"reason": reason, "frames": frames, "patient": patient}).encode())
 
 
 @dataclass(frozen=True)
@@ -180,10 +188,24 @@ def remove_pages(private: Path) -> None:
         page.unlink(missing_ok=True)
 
 
-def remove_decided(private: Path, review: Review) -> None:
-    """Delete the previews of objects that were decided on: they may show a name."""
-    if review.cleared or review.rejected:
+def remove_decided(private: Path, review: Review, again: frozenset[str]) -> None:
+    """Delete the previews of objects that were decided on: they may show a name.
+
+    Args:
+        again: objects whose decision could not be followed.
+    """
+    _remove(private, {*review.cleared, *review.rejected} - again)
+
+
+def remove_opted_out(private: Path, gone: frozenset[str]) -> None:
+    """Delete the previews of patients who have opted out."""
+    notes = (private / QUARANTINE).glob("*.json")
+    _remove(private, {n.stem for n in notes if json.loads(n.read_text()).get("patient") in gone})
+
+
+def _remove(private: Path, tokens: set[str]) -> None:
+    if tokens:
         remove_pages(private)
-    for token in {*review.cleared, *review.rejected}:
+    for token in tokens:
         for suffix in (".png", ".json"):
             (private / QUARANTINE / f"{token}{suffix}").unlink(missing_ok=True)

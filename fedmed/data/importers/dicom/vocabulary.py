@@ -13,6 +13,7 @@ from typing import Final
 # Read to sort, select and hash; never copied.
 IDENTIFYING: Final = (
     "PatientID",
+    "IssuerOfPatientID",
     "StudyInstanceUID",
     "SeriesInstanceUID",
     "SOPInstanceUID",
@@ -30,6 +31,7 @@ DESCRIPTIVE: Final = (
     "ImageType",
     "BurnedInAnnotation",
     "RecognizableVisualFeatures",
+    "ConversionType",
     "PatientSex",
     "Manufacturer",
     "BodyPartExamined",
@@ -121,6 +123,8 @@ RISKY_CLASSES: Final = (
     "1.2.840.10008.5.1.4.1.1.12",  # angiography, fluoroscopy
     "1.2.840.10008.5.1.4.1.1.77.1",  # visible light
 )
+_CAPTURED: Final = re.compile("SCREEN|CAPTURE|REPORT|PROTOCOL|DOSE_INFO")
+_CONVERSIONS: Final = _set("DV DF SD SI DRW WSD")
 SEGMENTATION: Final = "1.2.840.10008.5.1.4.1.1.66.4"
 STRUCTURES: Final = "1.2.840.10008.5.1.4.1.1.481.3"
 DOSE: Final = "1.2.840.10008.5.1.4.1.1.481.2"
@@ -185,6 +189,16 @@ def shows_head(modality: str, body_part: str, text: str) -> bool:
     if modality not in TOMOGRAPHIC:
         return False
     return body_part in HEAD_PARTS or (not body_part and bool(_HEAD_WORDS.search(text)))
+
+
+def off_a_screen(image_type: str, conversion: str) -> bool:
+    """Whether an image is a picture of a screen, a film or a page, whatever its modality says.
+
+    Args:
+        conversion: ConversionType (PS3.3, C.8.6.1): digitised video, film or document, drawing,
+            workstation.
+    """
+    return bool(_CAPTURED.search(image_type)) or conversion.upper() in _CONVERSIONS
 
 
 def word(text: str, allowed: frozenset[str]) -> str:

@@ -16,6 +16,7 @@ from fedmed.data.importers.dicom.deface import deface
 from fedmed.data.importers.dicom.identity import SiteKey
 from fedmed.data.importers.dicom.quarantine import Review
 from fedmed.data.importers.dicom.reading import quiet
+from fedmed.data.importers.dicom.repeats import same_image
 from fedmed.data.importers.dicom.rules import Rules
 from fedmed.data.importers.dicom.scan import scan_file
 
@@ -57,14 +58,17 @@ def read_setup(message: dict[str, Any]) -> Settings:
 
 
 def answer(message: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """``scan`` with paths gives facts; ``convert`` with units, ``deface`` with paths of volumes
-    give their outcomes."""
+    """``scan`` with paths gives facts, ``compare`` with pairs of paths whether they are one image;
+    ``convert`` with units, ``deface`` with paths of volumes give their outcomes."""
     if "scan" in message:
         found = [
             scan_file(settings.source / path, settings.key, settings.rules, dates=settings.dates)
             for path in message["scan"]
         ]
         return {"facts": [facts.to_dict() for facts in found]}
+    if "compare" in message:
+        pairs = message["compare"]
+        return {"same": [same_image(first, other, settings) for first, other in pairs]}
     try:
         if "deface" in message:
             return {"done": [deface(path, settings) for path in message["deface"]]}
