@@ -32,7 +32,7 @@ given = nibabel.load(source)
 voxels, affine = np.asarray(given.dataobj).copy(), given.affine.copy()
 with open(os.environ["TOOL_LOG"], "a") as log:
     log.write(f"{os.getcwd()} {os.environ['TMPDIR']} {source}\\n")
-if what == "fail": sys.exit(3)
+if what == "fail": print("x" * 70000); sys.exit("no licence")
 if what == "hang": time.sleep(600)
 if what == "silent": sys.exit(0)
 if what == "garbage": open(target, "w").write("nothing"); sys.exit(0)
@@ -141,6 +141,11 @@ def test_a_head_that_was_not_defaced_is_set_aside(tmp_path, tool, what, reason):
     assert any("0 defaced" in note and "1 set aside" in note for note in report.notes)
     assert len(list((tmp_path / "dst").rglob("*.nii.gz"))) == 1
     assert not (tmp_path / ".dst.import").exists()
+    log = tmp_path / "dst.private" / "deface.log"
+    assert log.stat().st_mode & 0o077 == 0
+    if what == "fail":
+        assert log.read_bytes().endswith(b"no licence\n")
+        assert log.stat().st_size == 1 << 16
 
 
 @pytest.mark.parametrize(

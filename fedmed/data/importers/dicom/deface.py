@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,14 @@ from fedmed.data.importers.dicom.rules import Faces, Rule
 from fedmed.data.importers.dicom.volume import Volume, write_nifti
 from fedmed.data.importers.report import Outcome
 from fedmed.errors import DataError
+from fedmed.files import atomic_writer
 
 if TYPE_CHECKING:
     from fedmed.data.importers.dicom.convert import Settings
 
 DEFACED: Final = "defaced"  # folder of the work folder
+LOG: Final = "deface.log"  # in the private folder: what the tool said when it last failed
+_MOST_LOG: Final = 1 << 16  # bytes
 INPUT, OUTPUT = "{input}", "{output}"
 _AFFINE: Final = 1e-5  # of any element
 _SAME: Final = 1e-3  # of the range of values: tools round
@@ -84,10 +87,12 @@ def deface(path: str, settings: Settings) -> dict[str, Any]:
     import nibabel
 
     folder = Path(tempfile.mkdtemp(prefix="head.", dir=settings.work))
+    said = folder / "said"
     try:
         source, target = folder / "head.nii.gz", folder / "defaced.nii.gz"
         shutil.copyfile(settings.work / path, source)
-        _run(settings.deface, source, target, settings.deface_seconds)
+        with said.open("wb") as log:
+            _run(settings.deface, source, target, settings.deface_seconds, log)
         before = nibabel.load(settings.work / path)
         voxels = np.asarray(before.dataobj)
         merged = _merge(voxels, _read(target, before.shape, before.affine))
@@ -96,12 +101,14 @@ def deface(path: str, settings: Settings) -> dict[str, Any]:
         size = (settings.work / written).stat().st_size
         return {"outcome": Outcome.KEPT, "reason": "", "files": {written: size}}
     except _Failed as error:
+        with atomic_writer(settings.private / LOG, mode=0o600, durable=False) as file:
+            file.write(said.read_bytes()[-_MOST_LOG:])
         return {"outcome": Outcome.QUARANTINED, "reason": f"head not defaced: {error}"}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(command: Sequence[str], source: Path, target: Path, seconds: float) -> None:
+def _run(command: Sequence[str], source: Path, target: Path, seconds: float, log: BinaryIO) -> None:
     """One run of the tool, which sees two neutral paths and a folder for its temporary files."""
     words = [word.replace(INPUT, str(source)).replace(OUTPUT, str(target)) for word in command]
     try:
@@ -109,8 +116,8 @@ def _run(command: Sequence[str], source: Path, target: Path, seconds: float) -> 
             words,
             cwd=source.parent,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
             env=os.environ | {"TMPDIR": str(source.parent)},
             start_new_session=True,
             preexec_fn=_end_with_parent,  # a worker has one thread

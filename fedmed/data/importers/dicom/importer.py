@@ -18,9 +18,9 @@ from fedmed.data.importers.dicom import burned_in
 from fedmed.data.importers.dicom.archive import find_files
 from fedmed.data.importers.dicom.burned_in import Detect
 from fedmed.data.importers.dicom.convert import Settings
-from fedmed.data.importers.dicom.deface import read_command, to_be_defaced
+from fedmed.data.importers.dicom.deface import read_command
 from fedmed.data.importers.dicom.facts import BROKEN, SKIPPED
-from fedmed.data.importers.dicom.heads import HeadTally
+from fedmed.data.importers.dicom.heads import Heads
 from fedmed.data.importers.dicom.identity import KEY_NAME, load_key, private_folder
 from fedmed.data.importers.dicom.labels import LabelTable, read_labels, read_optouts
 from fedmed.data.importers.dicom.link_masks import NIFTI, link_masks
@@ -44,7 +44,6 @@ from fedmed.errors import DataError
 _OPTED_OUT: Final = "patient opted out"
 _OTHER_IMAGE: Final = "object number of another file, with other pixels"
 _SHARED: Final = "identifier in the table of labels that two people share"
-_AROUND_TOOL: Final = 300  # seconds to read and write a volume beside the defacing tool
 
 
 def import_dicom(
@@ -113,11 +112,10 @@ class _Import:
     progress: Progress
     counts: list[tuple[Outcome, str, int]] = field(default_factory=list)
     rows: list[dict[str, str]] = field(default_factory=list)
-    places: dict[str, str] = field(default_factory=dict)  # of images that a tool wrote anew
     matching: Matching = field(default_factory=lambda: Matching((), frozenset()))
     previews: set[str] = field(default_factory=set)  # left in the quarantine by this import
     masks: set[str] = field(default_factory=set)  # of volumes that were kept
-    heads: HeadTally = field(default_factory=HeadTally)
+    heads: Heads = field(default_factory=Heads)
 
     def run(self) -> ImportReport:
         table = read_labels(self.options, self.settings.key)
@@ -151,7 +149,7 @@ class _Import:
         for outcome, reason in unused:
             self._count(outcome, reason)
         converted = stages.convert(list(self._wanted(units, table)))
-        for unit, result in self._defaced(stages, converted):
+        for unit, result in self.heads.through(self.options, stages, converted):
             self._take(unit, result, table)
         self._count_masks(units)
         with draft("dicom", self.src, self.dst, self.options) as site:
@@ -167,34 +165,6 @@ class _Import:
                 self._count(Outcome.SKIPPED, "volume without a mask", len(unit.sources))
             else:
                 yield unit
-
-    def _defaced(
-        self, stages: Stages, converted: Iterable[tuple[Unit, Result]]
-    ) -> Iterator[tuple[Unit, Result]]:
-        """The units with their results, head volumes after the hospital's tool."""
-        heads = []
-        for unit, result in converted:
-            rule = self.settings.rules.rules[unit.rule]
-            kept = result["outcome"] == Outcome.KEPT
-            if self.settings.deface and kept and to_be_defaced(unit.kind, unit.head, rule):
-                heads.append((unit, result))
-            else:
-                self.heads.add(unit, rule, Outcome(result["outcome"]), tried=False)
-                yield unit, result
-        if not heads:
-            return
-        # the tool may need more memory than a decoder, and has its own limit of time
-        setup = setup_message(self.settings, 0)
-        seconds = self.options.deface_seconds + _AROUND_TOOL
-        with Pool(setup, self.options.workers, seconds) as pool:
-            for unit, result in stages.deface(heads, pool):
-                rule = self.settings.rules.rules[unit.rule]
-                outcome = Outcome(result["outcome"])
-                self.heads.add(unit, rule, outcome, tried=True)
-                if outcome is Outcome.KEPT:
-                    (place,) = result["files"]
-                    self.places[result["rows"][0]["image"]] = place
-                yield unit, result
 
     def _take(self, unit: Unit, result: Result, table: LabelTable | None) -> None:
         outcome = Outcome(result["outcome"])
@@ -240,7 +210,7 @@ class _Import:
             for path in filter(None, (row["image"], row.get("mask"))):
                 target = site.folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                (self.settings.work / self.places.get(path, path)).rename(target)
+                (self.settings.work / self.heads.places.get(path, path)).rename(target)
         if gone:
             with (site.folder / OPTOUT).open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([["patient_id"], *([one] for one in sorted(gone))])
