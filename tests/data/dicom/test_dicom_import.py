@@ -22,9 +22,14 @@ from dicom_files import MR, enhanced, image, save, save_series, series
 from PIL import Image
 
 from fedmed.data.importers.dicom import DicomOptions
+from fedmed.data.importers.dicom.burned_in import Detect
+from fedmed.data.importers.dicom.convert import Settings
+from fedmed.data.importers.dicom.identity import load_key
 from fedmed.data.importers.dicom.importer import import_dicom
 from fedmed.data.importers.dicom.pool import Pool, Task
-from fedmed.data.importers.dicom.quarantine import pending, write_review
+from fedmed.data.importers.dicom.quarantine import Review, pending, write_review
+from fedmed.data.importers.dicom.rules import Rules
+from fedmed.data.importers.dicom.stages import Stages
 from fedmed.data.manifest import read_manifest, read_optout
 from fedmed.errors import DataError
 
@@ -352,6 +357,21 @@ def test_opted_out_patients_files_are_not_opened_again(tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text("series: [{bits: 8}]")  # other rules: read anew, not theirs
     run(src, dst, overwrite=True, rules=tmp_path / "r.yaml")
     assert opened.take() == {"0.dcm", "1.dcm", "3.dcm"}
+
+
+def test_another_way_of_reading_does_not_go_by_the_journal(tmp_path, monkeypatch):
+    src = tmp_path / "src"
+    save(image(picture()), src / "0.dcm")
+    run(src, tmp_path / "dst")
+    private = tmp_path / "dst.private"
+    settings = Settings(src, tmp_path, private, load_key(private / "identity.key"), Rules(), False,
+                        Detect.RISKY, (), Review())  # fmt: skip
+    monkeypatch.setattr("fedmed.data.importers.dicom.pool._MODULE", "no_such_module")
+    with Pool({}, 1, 1.0) as pool:
+        stages = Stages(settings, pool, lambda *_: None)
+        assert [s.facts.kind for s in stages.scan(["0.dcm"], frozenset())] == ["image"]
+        monkeypatch.setattr("fedmed.data.importers.dicom.stages.READING", "another")
+        assert [s.facts.kind for s in stages.scan(["0.dcm"], frozenset())] == ["broken"]
 
 
 def test_an_optout_list_that_cannot_be_read_stops_the_import(tmp_path):

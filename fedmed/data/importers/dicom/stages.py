@@ -22,6 +22,7 @@ from fedmed.data.importers.dicom.pool import Pool, Task
 from fedmed.data.importers.report import Outcome
 from fedmed.errors import DataError
 
+READING: Final = "2"  # raised when files are read otherwise: what a journal knows is read anew
 _SCAN_BATCH: Final = 64
 _CONVERT_BATCH: Final = 16
 
@@ -216,7 +217,7 @@ class Stages:
 
     def _digest(self, *parts: str) -> str:
         secret = self.settings.key.token("settings", b"")
-        return hashlib.sha256("\0".join((secret, *parts)).encode()).hexdigest()[:32]
+        return hashlib.sha256("\0".join((READING, secret, *parts)).encode()).hexdigest()[:32]
 
 
 def _batches(units: list[Unit]) -> Iterator[list[Unit]]:
