@@ -122,8 +122,7 @@ def test_files_that_were_not_taken_know_whose_they_are(tmp_path, monkeypatch):
     assert report.reasons["skipped"] == {"patient opted out": 4}
     journal = (tmp_path / "dst.private" / "scan.jsonl").read_text().splitlines()
     kept = [json.loads(line)[1]["facts"] for line in journal]
-    assert sorted(set(kept[0])) != ["kind", "patient"]  # P0's
-    assert sum(sorted(facts) == ["kind", "patient"] for facts in kept) == 4
+    assert sum(sorted(facts) == ["kind", "patient", "study"] for facts in kept) == 4
     key = load_key(tmp_path / "dst.private" / KEY_NAME)
     assert read_optout(tmp_path / "dst") == {key.patient("P1"), key.patient("P2")}
 
@@ -160,3 +159,25 @@ def test_files_without_a_number_are_told(tmp_path):
     src = scan_of(tmp_path / "src", "", "P1")
     report = run(src, tmp_path / "dst")
     assert any("1 files have no patient number" in note for note in report.notes)
+
+
+def test_a_file_without_number_is_its_studys_patients(tmp_path):
+    src = tmp_path / "src"
+    scan_of(src / "a", "P1", "P2", StudyInstanceUID="1.2.3")  # of two: nobody's
+    scan_of(src / "b", "P3", StudyInstanceUID="1.2.4")
+    scan_of(src / "c", "", StudyInstanceUID="1.2.3", StudyDate="20200101")
+    scan_of(src / "d", "", StudyInstanceUID="1.2.4", StudyDate="20200101")
+    scan_of(src / "e", "", StudyInstanceUID="1.2.4", Modality="MR")  # no rule takes it
+    (tmp_path / "r.yaml").write_text("series: [{modality: CT}]")
+    report = run(src, tmp_path / "dst", dates=True, rules=tmp_path / "r.yaml")
+    assert (report.kept, report.patients) == (5, 4)
+    assert any("1 files have no patient number" in note for note in report.notes)
+    (tmp_path / "gone.csv").write_text("patient_id\nP3\n")
+    assert add_optouts(tmp_path / "dst", tmp_path / "gone.csv").present == 1
+    for name in "bde":  # not opened again, whatever the rules
+        (src / name / "0.dcm").write_bytes(b"no DICOM any more")
+    report = run(src, tmp_path / "dst", overwrite=True)
+    assert report.reasons["skipped"] == {"patient opted out": 3}
+    save(image(np.ones((8, 8), np.uint16), patient="", StudyInstanceUID="1.2.4"), src / "late.dcm")
+    report = run(src, tmp_path / "dst", overwrite=True)
+    assert report.reasons["skipped"] == {"patient opted out": 4}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from fedmed.data.importers.dicom.identity import SiteKey
 from fedmed.data.importers.dicom.pixels import PixelSource
 from fedmed.data.importers.dicom.plan import VOLUME
 from fedmed.data.importers.dicom.quarantine import Box, Review, save_preview
-from fedmed.data.importers.dicom.reading import Unusable, plain_numbers, read_header
+from fedmed.data.importers.dicom.reading import Unusable, plain_numbers, read_header, stamp_of
 from fedmed.data.importers.dicom.rules import Frames, Rule, Rules
 from fedmed.data.importers.dicom.volume import (
     assemble,
@@ -88,14 +89,19 @@ def convert(unit: dict[str, Any], settings: Settings) -> dict[str, Any]:
         return {"outcome": Outcome.BROKEN, "reason": "malformed content"}
 
 
-def read_content(path: Path) -> bytes:
+def read_content(path: Path, stamp: str = "") -> bytes:
     """A file of the archive.
 
+    Args:
+        stamp: when its header was read; it may have become another patient's file since.
+
     Raises:
-        Unusable: unreadable, or too large.
+        Unusable: unreadable, too large, or changed.
     """
     try:
         with path.open("rb") as file:
+            if stamp and stamp_of(os.fstat(file.fileno())) != stamp:
+                raise Unusable("file changed during the import")
             content = file.read(MOST_FILE + 1)
     except OSError as error:
         raise Unusable("file cannot be read") from error
@@ -122,7 +128,7 @@ class _Conversion:
         return {"outcome": Outcome.KEPT, "reason": "", "rows": rows, "files": self._written}
 
     def _images(self) -> list[dict[str, str]] | str:
-        dataset, source = self._read(self._unit["paths"][0])
+        dataset, source = self._read(*self._unit["files"][0])
         chosen = _frames(source.frames, self._rule.frames)
         shown = [source.display(i, bits=self._rule.bits, window=self._rule.window) for i in chosen]
         held = self._held(shown, source.frames)
@@ -146,7 +152,7 @@ class _Conversion:
 
     def _volume(self) -> list[dict[str, str]] | str:
         if self._unit["enhanced"]:
-            dataset, source = self._read(self._unit["paths"][0])
+            dataset, source = self._read(*self._unit["files"][0])
             if source.colour:
                 raise Unusable("colour in a volume")
             stack = frames_stack(dataset, source)
@@ -177,8 +183,8 @@ class _Conversion:
         slices, places = [], []
         orientation: tuple[float, ...] = ()
         spacing: tuple[float, ...] = ()
-        for path in self._unit["paths"]:
-            dataset, source = self._read(path)
+        for path, stamp in self._unit["files"]:
+            dataset, source = self._read(path, stamp)
             if source.colour:
                 raise Unusable("colour in a volume")
             place = plain_numbers(dataset.get("ImagePositionPatient"), 3)
@@ -193,8 +199,8 @@ class _Conversion:
         stack = stack_slices(places, orientation, spacing)
         return [slices[i] for i in stack.order], stack
 
-    def _read(self, path: str) -> tuple[Any, PixelSource]:
-        content = read_content(self._settings.source / path)
+    def _read(self, path: str, stamp: str) -> tuple[Any, PixelSource]:
+        content = read_content(self._settings.source / path, stamp)
         self._digest.update(hashlib.sha256(content).digest())
         dataset = read_header(io.BytesIO(content), words.DECODE_TAGS, pixels=True)
         return dataset, PixelSource(dataset, len(content))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fedmed.data.importers.dicom.facts import RTSTRUCT, SEG
 from fedmed.data.importers.dicom.labels import LabelTable
 from fedmed.data.importers.dicom.plan import VOLUME, Mask, Source, Unit
+from fedmed.data.importers.dicom.reading import stamp_of
 from fedmed.data.importers.report import Outcome
 
 if TYPE_CHECKING:
@@ -85,10 +86,7 @@ def link_masks(
 
 
 def _nifti(file: Path, settings: Settings, *, of_source: bool = True) -> Mask:
-    stamp = ""
-    if file.is_file():
-        status = file.stat()
-        stamp = f"{status.st_size}/{status.st_mtime_ns}"
+    stamp = stamp_of(file.stat()) if file.is_file() else ""
     token = settings.key.token("path", os.fsencode(file))
     return Mask(NIFTI, str(file), token, stamp, of_source)
 

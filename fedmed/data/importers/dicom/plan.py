@@ -98,7 +98,7 @@ class Unit:
             "rule": self.rule,
             "name": self.name,
             "patient": facts.patient,
-            "paths": [source.path for source in self.sources],
+            "files": [[source.path, source.stamp] for source in self.sources],
             "enhanced": facts.enhanced,
             "series": facts.series,
             "burned_in": YES

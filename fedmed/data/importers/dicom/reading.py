@@ -96,6 +96,11 @@ def read_header(file: BinaryIO, tags: Sequence[str], *, pixels: bool = False) ->
     return dataset
 
 
+def stamp_of(status: os.stat_result) -> str:
+    """Size and time of change: the same while a file was not written to."""
+    return f"{status.st_size}/{status.st_mtime_ns}"
+
+
 def plain_numbers(value: object, count: int) -> tuple[float, ...]:
     """``count`` finite numbers of a DICOM value, or nothing."""
     if value is None or isinstance(value, str | bytes):

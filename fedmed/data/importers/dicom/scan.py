@@ -62,7 +62,7 @@ def scan_file(path: Path, key: SiteKey, rules: Rules, *, dates: bool) -> Facts:
     except Exception:
         # values of a wrong type or length: their text may hold a name, so it is dropped
         found = broken("malformed header")
-    return replace(found, patient=reader.patient() if reader else "")
+    return replace(found, **reader.owner()) if reader else found
 
 
 class _Reader:
@@ -128,12 +128,15 @@ class _Reader:
             cells=self._cells(described, identity["patient"]),
         )
 
-    def patient(self) -> str:
-        """Pseudonym of the patient; a study belongs to one, so it stands in for a number."""
-        study = self.text("StudyInstanceUID")
-        return self._key.patient(self.text("PatientID")) or (
-            self._key.pseudonym("study-as-patient", study) if study else ""
-        )
+    def owner(self) -> dict[str, Any]:
+        """Whose file it is; a study belongs to one patient, so it stands in for a number."""
+        key, study = self._key, self.text("StudyInstanceUID")
+        number = key.patient(self.text("PatientID"))
+        return {
+            "patient": number or (key.pseudonym("study-as-patient", study) if study else ""),
+            "patient_number": number,
+            "study": key.pseudonym("study", study) if study else "",
+        }
 
     def text(self, name: str) -> str:
         """An attribute as text, several values joined by a backslash; ``""`` where absent."""
@@ -168,17 +171,15 @@ class _Reader:
 
     def _identity(self) -> dict[str, Any]:
         key = self._key
-        number, study = key.patient(self.text("PatientID")), self.text("StudyInstanceUID")
+        owner = self.owner()
         issuer = plain_number(self.text("IssuerOfPatientID"))
         series, instance = self.text("SeriesInstanceUID"), self.text("SOPInstanceUID")
-        if not number and not study:
+        if not owner["patient"]:
             raise Unusable("no patient or study identifier")
         accession, frame = self.text("AccessionNumber"), self.text("FrameOfReferenceUID")
         return {
-            "patient": self.patient(),
-            "patient_number": number,
-            "issuer": key.pseudonym("issuer", issuer) if number and issuer else "",
-            "study": key.pseudonym("study", study) if study else "",
+            **owner,
+            "issuer": key.pseudonym("issuer", issuer) if issuer else "",
             "series": key.pseudonym("series", series) if series else "",
             "instance": key.pseudonym("instance", instance) if instance else "",
             "frame_of_reference": key.pseudonym("frame-of-reference", frame) if frame else "",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from fedmed.data.importers.dicom.facts import Facts, broken
 from fedmed.data.importers.dicom.journal import Journal
 from fedmed.data.importers.dicom.plan import VOLUME, Source, Unit
 from fedmed.data.importers.dicom.pool import Pool, Task
+from fedmed.data.importers.dicom.reading import stamp_of
 from fedmed.data.importers.report import Outcome
 from fedmed.errors import DataError
 
@@ -68,10 +70,17 @@ class Stages:
             known[tokens[path]] = entry
             journal.add(tokens[path], entry)
             self.progress("scan", len(facts), len(paths))
+        for path, found in by_study(facts, gone).items():
+            facts[path] = found
+            known[tokens[path]]["facts"] = found.to_dict()
         for entry in known.values():
-            patient = entry["facts"].get("patient", "")
-            if patient in gone:  # whose file it is, and nothing else; read anew if that changes
-                entry["facts"] = {"kind": entry["facts"]["kind"], "patient": patient}
+            if entry["facts"].get("patient", "") in gone:
+                # whose file it is, and nothing else; read anew if that changes
+                entry["facts"] = {
+                    name: entry["facts"][name]
+                    for name in ("kind", "patient", "study")
+                    if name in entry["facts"]
+                }
                 entry["settings"] = ""
         journal.rewrite(known.items())
         return [Source(path, tokens[path], stamps[path], facts[path]) for path in paths]
@@ -220,6 +229,23 @@ class Stages:
         return hashlib.sha256("\0".join((READING, secret, *parts)).encode()).hexdigest()[:32]
 
 
+def by_study(facts: Mapping[str, Facts], gone: frozenset[str]) -> dict[str, Facts]:
+    """Files without a patient number whose study has files of one patient: they are theirs too."""
+    owners: dict[str, set[str]] = defaultdict(set)
+    for found in facts.values():
+        if found.study and (found.patient_number or found.patient in gone):
+            owners[found.study].add(found.patient)
+    adopted = {}
+    for path, found in facts.items():
+        if len(owners.get(found.study, ())) == 1 and not found.patient_number:
+            (patient,) = owners[found.study]
+            if found.patient != patient:
+                # a moved date hangs on the patient: this one was moved by another's days
+                cells = {name: cell for name, cell in found.cells.items() if name != "study_date"}
+                adopted[path] = replace(found, patient=patient, patient_number=patient, cells=cells)
+    return adopted
+
+
 def _batches(units: list[Unit]) -> Iterator[list[Unit]]:
     """A volume alone, images several at a time."""
     images = [unit for unit in units if unit.kind != VOLUME]
@@ -230,7 +256,6 @@ def _batches(units: list[Unit]) -> Iterator[list[Unit]]:
 
 def _stamp(path: Path) -> str:
     try:
-        status = path.stat()
+        return stamp_of(path.stat())
     except OSError:
         return ""
-    return f"{status.st_size}/{status.st_mtime_ns}"
