@@ -185,7 +185,17 @@ def test_a_rule_decides_before_the_header(tmp_path, tool, word, times):
     (tmp_path / "r.yaml").write_text(f"series: [{{modality: MR, deface: {word}}}]")
     report = run(tmp_path / "src", tmp_path / "dst", rules=tmp_path / "r.yaml", deface=tool("good"))
     assert len(runs(tmp_path)) == times
-    assert any("a rule says deface: never" in note for note in report.notes) is (word == "never")
+    never = word == "never"
+    assert any("a rule says deface: never" in note for note in report.notes) is never
+    assert any("no volume was taken for a head" in note for note in report.notes) is never
+
+
+def test_a_rule_that_counts_on_a_tool_wants_one(tmp_path):
+    head(tmp_path / "src")
+    (tmp_path / "r.yaml").write_text("series: [{modality: MR, deface: always}]")
+    with pytest.raises(DataError, match="rule 1 says deface: always"):
+        run(tmp_path / "src", tmp_path / "dst", rules=tmp_path / "r.yaml")
+    assert not (tmp_path / ".dst.import").exists()
 
 
 @pytest.mark.parametrize(
@@ -195,6 +205,7 @@ def test_a_rule_decides_before_the_header(tmp_path, tool, word, times):
         ("cp {input} out", "no {output}"),
         ("cp '{input} {output}", "cannot be read"),
         ("{input} {output}", "no {input}"),
+        ("", "no {input}"),  # as of a variable that is not set
     ],
 )
 def test_a_command_that_cannot_run_is_refused_at_once(tmp_path, capsys, command, message):

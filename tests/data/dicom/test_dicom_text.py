@@ -6,7 +6,7 @@ import csv
 
 import numpy as np
 import pytest
-from dicom_files import image, save
+from dicom_files import image, save, save_series, series
 from PIL import Image, ImageDraw, ImageFont
 
 from fedmed.cli.main import main
@@ -72,6 +72,21 @@ def test_marked_free_of_text_is_believed_only_where_none_is_seen(tmp_path):
     save(image(written("")), tmp_path / "src" / "b")
     report = import_dicom(tmp_path / "src", tmp_path / "dst", DicomOptions(workers=1))
     assert report.reasons["quarantined"] == {"text found in the pixels": 1}
+
+
+@pytest.mark.parametrize(
+    ("marks", "held"),
+    [(["NO", "", "NO"], True), (["NO", "NO", "NO"], False), (["NO", "YES", "NO"], True)],
+)
+def test_a_volume_is_free_of_text_where_all_its_slices_are(tmp_path, marks, held):
+    slices = series(np.ones((3, 16, 16), np.int16), sop_class="1.2.840.10008.5.1.4.1.1.7")
+    for ds, mark in zip(slices, marks, strict=True):
+        ds.BurnedInAnnotation = mark
+    save_series(slices, tmp_path / "src")
+    save(image(written(""), patient="P2", modality="DX"), tmp_path / "src" / "b")
+    (tmp_path / "r.yaml").write_text("series: [{modality: CT, output: volume}, {modality: DX}]")
+    options = DicomOptions(workers=1, rules=tmp_path / "r.yaml")
+    assert import_dicom(tmp_path / "src", tmp_path / "dst", options).quarantined == 3 * held
 
 
 @needs_tesseract

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.data.importers.dicom.plan import VOLUME
-from fedmed.data.importers.dicom.rules import Faces, Rule
+from fedmed.data.importers.dicom.rules import Faces, Rule, Rules
 from fedmed.data.importers.dicom.volume import Volume, write_nifti
 from fedmed.data.importers.report import Outcome
 from fedmed.errors import DataError
@@ -66,6 +66,16 @@ def read_command(text: str) -> tuple[str, ...]:
     if shutil.which(words[0]) is None:
         raise DataError(f"--deface: there is no program {words[0]}", "install it, or give its path")
     return words
+
+
+def check_rules(rules: Rules) -> None:
+    """Raise DataError where a rule counts on a tool; for an import without one."""
+    for number, rule in enumerate(rules.rules, start=1):
+        if rule.deface is Faces.ALWAYS:
+            raise DataError(
+                f"rule {number} says deface: always, and there is no tool",
+                "give one with --deface, or change the rule",
+            )
 
 
 def to_be_defaced(kind: str, head: bool, rule: Rule) -> bool:
@@ -167,16 +177,22 @@ def _read(path: Path, shape: tuple[int, ...], affine: NDArray[np.float64]) -> ND
 
 def _merge(voxels: NDArray[Any], defaced: NDArray[Any]) -> NDArray[Any]:
     """``voxels`` with the tool's values where it changed them, in the type of ``voxels``."""
-    wide = voxels.astype(np.float64)
-    changed = np.abs(defaced - wide) > _SAME * float(np.ptp(wide))
-    head = wide > wide.mean()
-    share = float(changed[head].mean()) if head.any() else 0.0
-    if share < _LEAST:
+    limit = _SAME * float(voxels.max() - float(voxels.min()))
+    mean = float(voxels.mean(dtype=np.float64))
+    merged, whole = voxels.copy(), voxels.dtype.kind in "ui"
+    in_head = changed = 0
+    for k in range(voxels.shape[2]):  # a volume in float64 would be four times as large
+        before, after = (v[..., k].astype(np.float64) for v in (voxels, defaced))
+        differs, head = np.abs(after - before) > limit, before > mean
+        in_head += int(head.sum())
+        changed += int((head & differs).sum())
+        values = after[differs]
+        if whole:
+            limits = np.iinfo(voxels.dtype)
+            values = np.clip(np.rint(values), limits.min, limits.max)
+        merged[..., k][differs] = values
+    if changed < _LEAST * in_head or not changed:
         raise _Failed("the tool removed nothing")
-    if share > _MOST:
+    if changed > _MOST * in_head:
         raise _Failed("the tool changed most of the volume")
-    values = np.where(changed, defaced, wide)
-    if voxels.dtype.kind in "ui":
-        limits = np.iinfo(voxels.dtype)
-        values = np.clip(np.rint(values), limits.min, limits.max)
-    return values.astype(voxels.dtype)
+    return merged

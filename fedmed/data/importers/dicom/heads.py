@@ -30,6 +30,7 @@ class Heads:
         exempt: kept with a face since a rule says so.
         images: single images of heads.
         unknown: volumes that do not say what they show.
+        none: there is a tool, and nothing to do for it.
     """
 
     places: dict[str, str] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Heads:
     exempt: int = 0
     images: int = 0
     unknown: int = 0
+    none: bool = False
 
     def through(
         self, options: DicomOptions, stages: Stages, converted: Iterable[tuple[Unit, Result]]
@@ -55,6 +57,7 @@ class Heads:
                 if kept:
                     self._add(unit, rule)
                 yield unit, result
+        self.none = bool(settings.deface) and not heads
         if not heads:
             return
         # the tool may need more memory than a decoder, and has its own limit of time
@@ -89,6 +92,7 @@ class Heads:
                 "aside because that failed; defacing lowers the risk of recognition and does not "
                 "end it",
             ),
+            (self.none, "no volume was taken for a head, so none was defaced"),
             (
                 self.left,
                 f"{self.left} head volumes were kept with their faces: no --deface was given",

@@ -18,7 +18,7 @@ from fedmed.data.importers.dicom import burned_in
 from fedmed.data.importers.dicom.archive import find_files
 from fedmed.data.importers.dicom.burned_in import Detect
 from fedmed.data.importers.dicom.convert import Settings
-from fedmed.data.importers.dicom.deface import read_command
+from fedmed.data.importers.dicom.deface import check_rules, read_command
 from fedmed.data.importers.dicom.facts import BROKEN, SKIPPED
 from fedmed.data.importers.dicom.heads import Heads
 from fedmed.data.importers.dicom.identity import KEY_NAME, load_key, private_folder
@@ -68,7 +68,9 @@ def import_dicom(
     private = private_folder_of(dst, options.private)
     _check_apart(src, dst, private)
     rules = load_rules(options.rules)
-    deface = read_command(options.deface) if options.deface else ()
+    deface = () if options.deface is None else read_command(options.deface)
+    if not deface:
+        check_rules(rules)
     key = load_key(private / KEY_NAME)
     private_folder(private)
     detect = options.detect if burned_in.detector() else Detect.OFF

@@ -46,7 +46,7 @@ class DicomOptions(ImportOptions):
         seconds: after which a file is taken for broken.
         memory: address space of a worker in GiB.
         deface: command of the hospital's defacing tool with ``{input}`` and ``{output}``, run
-            for each head volume; empty: none is defaced.
+            for each head volume; None: none is defaced.
         deface_seconds: after which such a run is taken for failed.
     """
 
@@ -68,7 +68,7 @@ class DicomOptions(ImportOptions):
     workers: int = os.cpu_count() or 1
     seconds: float = 300.0
     memory: float = 4.0
-    deface: str = ""
+    deface: str | None = None
     deface_seconds: float = 1800.0
 
     def __post_init__(self) -> None:

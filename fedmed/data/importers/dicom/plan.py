@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final
 
-from fedmed.data.importers.dicom.facts import IMAGE, YES, Facts
+from fedmed.data.importers.dicom.facts import IMAGE, NO, UNMARKED, YES, Facts
 from fedmed.data.importers.dicom.geometry import normal_of, same_plane, stack_slices
 from fedmed.data.importers.dicom.reading import Unusable
 from fedmed.data.importers.dicom.rules import Output, Rule, Rules
@@ -79,6 +79,12 @@ class Unit:
         return hashlib.sha256("/".join(sorted(tokens)).encode()).hexdigest()[:32]
 
     @property
+    def burned_in(self) -> str:
+        """``YES`` if any of its files is marked so, ``NO`` if all are marked so."""
+        marks = {source.facts.burned_in for source in self.sources}
+        return YES if YES in marks else NO if marks == {NO} else UNMARKED
+
+    @property
     def head(self) -> bool:
         """Whether any of its files may show a part of a face."""
         return any(source.facts.head for source in self.sources)
@@ -101,9 +107,7 @@ class Unit:
             "files": [[source.path, source.stamp] for source in self.sources],
             "enhanced": facts.enhanced,
             "series": facts.series,
-            "burned_in": YES
-            if any(s.facts.burned_in == YES for s in self.sources)
-            else facts.burned_in,
+            "burned_in": self.burned_in,
             "risky": any(s.facts.risky for s in self.sources),
             "head": self.head,
             "recognizable": any(s.facts.recognizable for s in self.sources),
