@@ -216,6 +216,18 @@ def test_a_command_that_cannot_run_is_refused_at_once(tmp_path, capsys, command,
     assert not (tmp_path / ".dst.import").exists()
 
 
+def test_the_program_may_lie_where_the_command_is_given(tmp_path, tool, monkeypatch):
+    head(tmp_path / "src")
+    script = tmp_path / "run.sh"
+    words = tool("good").replace("{input}", '"$1"').replace("{output}", '"$2"')
+    script.write_text(f"#!/bin/sh\nexec {words}\n")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    report = run(tmp_path / "src", tmp_path / "dst", deface="./run.sh {input} {output}")
+    assert report.kept == 6
+    assert any("1 defaced" in note for note in report.notes)
+
+
 def test_no_shell_reads_the_command(tmp_path, tool):
     head(tmp_path / "src")
     command = tool("good") + f" ; touch '{tmp_path / 'pwned'}'"

@@ -51,6 +51,8 @@ class _Failed(Exception):
 def read_command(text: str) -> tuple[str, ...]:
     """The words of a command line, quoted as for a shell that is never asked.
 
+    The program is found now; other paths among the words should be absolute.
+
     Raises:
         DataError: a placeholder or the program is missing, or a quotation mark is open.
     """
@@ -63,9 +65,10 @@ def read_command(text: str) -> tuple[str, ...]:
             raise DataError(
                 f"--deface has no {place}", f"write it as 'program {INPUT} {OUTPUT}' or the like"
             )
-    if shutil.which(words[0]) is None:
+    program = shutil.which(words[0])
+    if program is None:
         raise DataError(f"--deface: there is no program {words[0]}", "install it, or give its path")
-    return words
+    return (str(Path(program).absolute()), *words[1:])  # it runs in another folder
 
 
 def check_rules(rules: Rules) -> None:
