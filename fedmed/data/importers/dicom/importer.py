@@ -140,7 +140,7 @@ class _Import:
                 self._count(Outcome(source.facts.kind), source.facts.reason)
             sources.append(source)
         plan = plan_units(sources, self.settings.rules)
-        same = sum(stages.compare(plan.repeats))
+        same = stages.compare(plan.repeats)
         self._count(Outcome.SKIPPED, "same object as another file", same)
         self._count(Outcome.BROKEN, _OTHER_IMAGE, len(plan.repeats) - same)
         for _, reason in plan.skipped:

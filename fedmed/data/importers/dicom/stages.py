@@ -85,16 +85,10 @@ class Stages:
         journal.rewrite(known.items())
         return [Source(path, tokens[path], stamps[path], facts[path]) for path in paths]
 
-    def compare(self, repeats: Sequence[tuple[Source, Source]]) -> Iterator[bool]:
-        """For each pair of files with one object number, whether it is one image."""
-        pairs = [(first.path, other.path) for first, other in repeats]
-        tasks = (
-            Task(None, {"compare": pairs[i : i + _CONVERT_BATCH]})
-            for i in range(0, len(pairs), _CONVERT_BATCH)
-        )
-        for _, answer in self.pool.run(tasks):
-            if not isinstance(answer, str):
-                yield from answer["same"]
+    def compare(self, repeats: Sequence[tuple[Source, Source]]) -> int:
+        """How many pairs of files with one object number are one image twice."""
+        tasks = (Task(None, {"compare": [first.path, other.path]}) for first, other in repeats)
+        return sum(a["same"] for _, a in self.pool.run(tasks) if not isinstance(a, str))
 
     def convert(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
         """Each unit with its result; what a former run finished comes from the journal.

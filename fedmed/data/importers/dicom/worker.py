@@ -58,7 +58,7 @@ def read_setup(message: dict[str, Any]) -> Settings:
 
 
 def answer(message: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """``scan`` with paths gives facts, ``compare`` with pairs of paths whether they are one image;
+    """``scan`` with paths gives facts, ``compare`` with two paths whether they are one image;
     ``convert`` with units, ``deface`` with paths of volumes give their outcomes."""
     if "scan" in message:
         found = [
@@ -67,8 +67,8 @@ def answer(message: dict[str, Any], settings: Settings) -> dict[str, Any]:
         ]
         return {"facts": [facts.to_dict() for facts in found]}
     if "compare" in message:
-        pairs = message["compare"]
-        return {"same": [same_image(first, other, settings) for first, other in pairs]}
+        first, other = message["compare"]
+        return {"same": same_image(first, other, settings)}
     try:
         if "deface" in message:
             return {"done": [deface(path, settings) for path in message["deface"]]}
