@@ -49,12 +49,15 @@ class Statistic:
         units: patients that the value rests on (sensitivity: those with a positive image); the
             interval of a share of exactly 0 or 1, which no resample moves, comes from it.
         rows: the cases whose weights ``of`` takes; None for all.
+        noise: of a distance: how far from one another the same things lie in a resample and in
+            the cases, which is what a true distance of 0 would look like.
     """
 
     of: Weighted
     shape: Shape = Shape.FREE
     units: int | None = None
     rows: NDArray[np.int64] | None = None
+    noise: Weighted | None = None
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,15 @@ class Draws:
         units: patients that the value rests on, where that is known; of a difference or mean
             those that Welch's degrees of freedom stand for.
         unseen: variance that resampling cannot see.
+        noise: float64 ``[B]``, of a distance: see :class:`Statistic`.
     """
 
     value: float
     draws: NDArray[np.float64] = field(repr=False)
     shape: Shape = Shape.FREE
     units: int | None = None
-
     unseen: float = 0.0
+    noise: NDArray[np.float64] | None = field(default=None, repr=False)
 
     def minus(self, other: Draws) -> Draws:
         """The difference, resample by resample, of two statistics of the same resamples."""
@@ -186,15 +190,21 @@ def draw(
     groups = [np.arange(len(first))] if strata is None else _members(strata[first])
     rng = np.random.default_rng(seed)
     plain = {name: s for name, s in statistics.items() if isinstance(s, Statistic)}
-    drawn = {name: np.empty(resamples) for name in plain}
+    every = plain | {
+        _noise(name): replace(s, of=s.noise) for name, s in plain.items() if s.noise is not None
+    }
+    drawn = {name: np.empty(resamples) for name in every}
     step = max(1, _CHUNK // len(patients))
     for start in range(0, resamples, step):
         rows = slice(start, min(start + step, resamples))
         weights = _counts(rng, groups, len(first), rows.stop - start)[:, who.reshape(-1)]
-        for name, values in _values(plain, weights).items():
+        for name, values in _values(every, weights).items():
             drawn[name][rows] = values
     points = _values(plain, np.ones((1, len(patients))))
-    result = {name: _drawn(s, float(points[name][0]), drawn[name]) for name, s in plain.items()}
+    result = {
+        name: _drawn(s, float(points[name][0]), drawn[name], drawn.get(_noise(name)))
+        for name, s in plain.items()
+    }
     for name, mean in statistics.items():
         if isinstance(mean, Mean):
             result[name] = mean_of([result[part] for part in mean.parts], mean.shape)
@@ -215,7 +225,16 @@ def _values(
     return result
 
 
-def _drawn(statistic: Statistic, value: float, draws: NDArray[np.float64]) -> Draws:
+def _noise(name: str) -> str:
+    return f"{name} noise"
+
+
+def _drawn(
+    statistic: Statistic,
+    value: float,
+    draws: NDArray[np.float64],
+    noise: NDArray[np.float64] | None,
+) -> Draws:
     """Draws, with the variance of a share of 0 or 1 that resampling cannot see.
 
     Two successes and two failures are added to its trials (Agresti & Coull 1998).
@@ -224,7 +243,7 @@ def _drawn(statistic: Statistic, value: float, draws: NDArray[np.float64]) -> Dr
     if statistic.shape is Shape.SHARE and value in (0.0, 1.0) and statistic.units:
         share = 2 / (statistic.units + 4)
         unseen = share * (1 - share) / (statistic.units + 4)
-    return Draws(value, draws, statistic.shape, statistic.units, unseen)
+    return Draws(value, draws, statistic.shape, statistic.units, unseen, noise)
 
 
 def interval(draws: Draws, level: float = LEVEL) -> tuple[float, float] | None:
@@ -237,9 +256,11 @@ def interval(draws: Draws, level: float = LEVEL) -> tuple[float, float] | None:
       interval is Wilson's for as many trials as patients.
     * A free value takes percentiles.
     * A distance that noise can only raise is raised again by resampling; how far tells how far
-      the value itself is too high. Its upper end is normal about the corrected value. Its lower
-      end allows for (1 + sqrt 2) times that: where the true distance is 0, a value is the size of
-      one noise, a resample that of two, and they differ by (sqrt 2 - 1) noises.
+      the value itself is too high. Where the true distance is 0, a value is the size of one noise,
+      a resample that of two, and they differ by (sqrt 2 - 1) noises: the lower end, normal about
+      the value, allows for (1 + sqrt 2) times the difference, and is 0 where a true distance of 0
+      would give the value often enough. Little of a large distance is noise: the upper end
+      takes off a quarter of the difference.
 
     None where more than :data:`MOST_UNDEFINED` of the resamples are undefined, and where all of
     them agree without a count of patients to go by.
@@ -260,7 +281,10 @@ def interval(draws: Draws, level: float = LEVEL) -> tuple[float, float] | None:
         raised = max(0.0, float(known.mean()) - draws.value)
         reach = _quantile(draws.units, level) * error
         low = draws.value - (1 + np.sqrt(2)) * raised - reach
-        return max(0.0, float(low)), max(draws.value, draws.value - raised + reach)
+        high = draws.value - raised / 4 + reach
+        if draws.noise is not None and draws.value < np.quantile(draws.noise, (1 + level) / 2):
+            low = 0.0
+        return max(0.0, float(low)), max(draws.value, high)
     low, high = (float(q) for q in np.quantile(known, [(1 - level) / 2, (1 + level) / 2]))
     return low, high
 

@@ -268,7 +268,7 @@ def _errors(
     patients: NDArray[np.int64],
 ) -> dict[str, Statistic]:
     return {
-        f"{when}/ece": Statistic(ece(probabilities, positive), Shape.DISTANCE),
+        f"{when}/ece": ece(probabilities, positive),
         f"{when}/brier": mean((probabilities - positive) ** 2, patients, Shape.SHARE),
     }
 

@@ -84,16 +84,21 @@ def average_precision(scores: NDArray[Any], positive: Mask) -> Weighted:
     return of
 
 
-def ece(probabilities: NDArray[Any], positive: Mask) -> Weighted:
+def ece(probabilities: NDArray[Any], positive: Mask) -> Statistic:
     """Expected calibration error: how far the mean probability of a bin lies from the share of
     positives there, as a mean over cases (Naeini et al. 2015), over :data:`EDGES`.
     """
     excess = (probabilities.astype(np.float64) - positive)[:, None] * bin_members(probabilities)
+    mean = excess.sum(axis=0) / max(1, len(excess))
 
     def of(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return _divide(np.abs(weights @ excess).sum(axis=1), weights.sum(axis=1))
 
-    return of
+    def noise(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        total = weights.sum(axis=1)
+        return _divide(np.abs(weights @ excess - total[:, None] * mean).sum(axis=1), total)
+
+    return Statistic(of, Shape.DISTANCE, noise=noise)
 
 
 def bin_members(probabilities: NDArray[Any]) -> NDArray[np.float64]:
@@ -198,7 +203,7 @@ def _binary(
         "ppv": share(positive, called, patients),
         "npv": share(~positive, ~called, patients),
         "brier": mean(squared, patients, Shape.SHARE),
-        "ece": Statistic(ece(probabilities, positive), Shape.DISTANCE),
+        "ece": ece(probabilities, positive),
     }
 
 

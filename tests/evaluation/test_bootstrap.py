@@ -12,7 +12,7 @@ from simulated import BINARY, binary, members
 
 from fedmed.evaluation.bootstrap import Draws, Mean, Shape, Statistic, among, draw, figure, interval
 from fedmed.evaluation.cases import Cases
-from fedmed.evaluation.estimates import ratio, statistics
+from fedmed.evaluation.estimates import EDGES, ece, ratio, statistics
 
 
 def total(column: np.ndarray) -> Statistic:
@@ -149,6 +149,30 @@ def test_intervals_hold_the_truth_in_95_of_100_studies(truth):
 def test_resampling_images_in_place_of_patients_would_be_noticed(truth):
     got = coverage(truth, by_image=True)
     assert min(got.values()) < 0.91, got
+
+
+def told(rng: np.random.Generator, cases: int, slope: float, shift: float):
+    """Probabilities that a network tells, and those that are true."""
+    z = rng.normal(-0.5, 1.5, cases)
+    return 1 / (1 + np.exp(-slope * z - shift)), 1 / (1 + np.exp(-z))
+
+
+@pytest.mark.parametrize(
+    ("slope", "shift"), [(1.0, 0.0), (1.0, 0.1), (1.3, 0.0), (1.6, 0.0), (1.0, 0.8)]
+)
+def test_the_interval_of_a_calibration_error_holds_the_true_one(slope, shift):
+    """From a network that is calibrated to one that is off by 0.14."""
+    said, true = told(np.random.default_rng(9), 1_000_000, slope, shift)
+    bins = np.searchsorted(EDGES[1:-1], said, side="right")
+    error = np.abs(np.bincount(bins, said - true)).sum() / len(said)
+    hits = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        said, true = told(rng, 200, slope, shift)
+        statistic = ece(said, rng.random(200) < true)
+        low, high = interval(draw({"e": statistic}, np.arange(200), resamples=150, seed=seed)["e"])
+        hits += low <= max(error, 1e-3) <= high
+    assert hits / 300 >= 0.93
 
 
 def test_two_thousand_resamples_of_five_thousand_images_take_seconds_and_little_memory():

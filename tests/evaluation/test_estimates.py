@@ -84,12 +84,12 @@ def test_ece_is_the_mean_distance_of_the_bins():
     p = np.array([0.02, 0.08, 0.1, 0.55, 0.58, 1.0])
     positive = np.array([0, 1, 0, 1, 1, 1], bool)
     expected = (2 * abs(0.05 - 0.5) + 1 * 0.1 + 2 * abs(0.565 - 1) + 0) / 6
-    assert ece(p, positive)(np.ones((1, 6))).item() == pytest.approx(expected)
+    assert ece(p, positive).of(np.ones((1, 6))).item() == pytest.approx(expected)
     rng = np.random.default_rng(3)
     honest = rng.random(200_000)
     truth = rng.random(200_000) < honest
-    assert ece(honest, truth)(np.ones((1, 200_000))).item() < 0.01
-    assert ece(honest**2, truth)(np.ones((1, 200_000))).item() > 0.1
+    assert ece(honest, truth).of(np.ones((1, 200_000))).item() < 0.01
+    assert ece(honest**2, truth).of(np.ones((1, 200_000))).item() > 0.1
 
 
 def test_segmentation_means_skip_what_is_undefined():
