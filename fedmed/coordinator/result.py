@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Final
 
 from fedmed import __version__
-from fedmed.codec import plain
-from fedmed.data.files import sha256_file
 from fedmed.evaluation.evidence import Guarantee, RunFacts, Source, SourceKind
 from fedmed.evaluation.evidencefile import write_evidence
 from fedmed.federation.files import save_arrays, write_atomic
 from fedmed.federation.state import ServerState
 from fedmed.federation.study import StudyPlan
 from fedmed.federation.told import NOT_TOLD, read_evaluation, told_evidence
+from fedmed.hashing import sha256_file
+from fedmed.models.facts import ModelFacts
 from fedmed.types import PackedArrays
 
 MODEL: Final = "model.safetensors"
@@ -98,13 +98,8 @@ def _facts(
 
 def _write_model(folder: Path, plan: StudyPlan, arrays: PackedArrays) -> None:
     """The weights by name, as a simulation writes them."""
-    facts = {
-        "task": plain(plan.task),
-        "model": plain(plan.model),
-        "dp": plan.dp is not None,
-        "personal": plain(plan.personal),
-        "synthetic": False,
-        "version": plan.fedmed,
-    }
+    facts = ModelFacts(
+        plan.task, plan.model, plan.dp is not None, plan.personal, False, plan.fedmed
+    )
     tensors = {e.name: arrays.tensor(e) for e in arrays.table}
-    save_arrays(folder / MODEL, tensors, {"fedmed": json.dumps(facts, sort_keys=True)})
+    save_arrays(folder / MODEL, tensors, facts.metadata())

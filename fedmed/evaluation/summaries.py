@@ -14,7 +14,7 @@ and the merged summary equals the summary of all images together, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,6 +35,8 @@ SUMS: Final = (
 """Columns of a segmentation summary: voxels (three), fixed point (two), images (two)."""
 BOUNDED: Final = ("dice", "dice_squares", "defined")
 """The columns that noise is added to; sums of voxels would need more noise than they hold."""
+COLUMN: Final[Mapping[str, int]] = {name: i for i, name in enumerate(SUMS)}
+"""Where each of :data:`SUMS` stands."""
 _MOST_BINS: Final = 1 << 16
 
 

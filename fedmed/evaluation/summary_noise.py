@@ -11,13 +11,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.evaluation.summaries import BOUNDED, SCALE, SUMS, Counts, cells_of, targets_of
+from fedmed.evaluation.summaries import BOUNDED, COLUMN, SCALE, SUMS, Counts, cells_of, targets_of
 from fedmed.privacy.sums import sensitivity
 from fedmed.types import DPSpec, TaskKind, TaskSpec
 
 UNIT: Final[Mapping[str, int]] = {"dice": SCALE, "dice_squares": SCALE, "defined": 1}
 """What one image can add at most to a structure's sums; the others are not told with noise."""
-_COLUMN = {name: i for i, name in enumerate(SUMS)}
 
 
 def cells_per_image(task: TaskSpec) -> int:
@@ -44,6 +43,6 @@ def noise_of(told: Counts, task: TaskSpec, spec: DPSpec | None) -> NDArray[np.fl
     variance = 0.0 if spec is None else noise_std(task, spec) ** 2
     if task.kind is TaskKind.SEGMENTATION:
         unit = np.array([float(UNIT.get(name, 0)) for name in SUMS])
-        return np.where(told[:, [_COLUMN["defined"]]] > 0, variance * unit**2, 0.0)
+        return np.where(told[:, [COLUMN["defined"]]] > 0, variance * unit**2, 0.0)
     cells = cells_of(told)
     return np.asarray(variance * (cells[:, 3] - cells[:, 2] + 1.0))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.evaluation.summaries import (
+    COLUMN,
     SCALE,
     SUMS,
     Counts,
@@ -26,8 +27,6 @@ from fedmed.evaluation.summary_noise import UNIT, noise_std
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.release import add_noise
 from fedmed.types import DPSpec, TaskKind, TaskSpec
-
-_COLUMN = {name: i for i, name in enumerate(SUMS)}
 
 
 def tell_noisy(
@@ -51,13 +50,10 @@ def tell_noisy(
     return told
 
 
-"""The most that one image adds to a column that noise is added to."""
-
-
 def _possible(noisy: Counts, floor: int) -> Counts:
     """Sums of Dice that as many images can have; rows under the floor left out."""
     found = noisy.copy()
-    defined, dice, squares = (_COLUMN[n] for n in ("defined", "dice", "dice_squares"))
+    defined, dice, squares = (COLUMN[n] for n in ("defined", "dice", "dice_squares"))
     found[:, dice] = np.clip(noisy[:, dice], 0, SCALE * noisy[:, defined].clip(0))
     found[:, squares] = np.clip(noisy[:, squares], 0, found[:, dice])
     found[noisy[:, defined] < floor] = 0
@@ -117,11 +113,11 @@ def _hide_more(
 def _told_sums(sums: Counts, parts: Counts, patients: NDArray[np.int64], floor: int) -> Counts:
     """Structures that enough patients have; the number of all images only where the patients
     without a structure are none or enough, too."""
-    defined = parts[:, :, _COLUMN["defined"]] > 0
+    defined = parts[:, :, COLUMN["defined"]] > 0
     found = sums.copy()
     for index, has in enumerate(defined.T):
         if _few(patients[has], floor):
             found[index] = 0
         if _few(patients[~has], floor):
-            found[:, _COLUMN["images"]] = 0
+            found[:, COLUMN["images"]] = 0
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -63,26 +64,29 @@ def told_evidence(
         limits: further sentences.
     """
     metric = "dice" if run.task == TaskKind.SEGMENTATION else "auroc"
-    common = {
-        "format": FORMAT, "run": run, "training_patients": training_patients, "metric": metric,
-        "resamples": 0, "seed": 0, "model_sha256": model_sha256,
-    }  # fmt: skip
+    nothing = Figure(None, _WITHHELD, note=withheld.text)
+    silent = Evidence(
+        format=FORMAT,
+        run=run,
+        sources={_WITHHELD: withheld},
+        training_patients=training_patients,
+        metric=metric,
+        resamples=0,
+        seed=0,
+        pooled=Performance(POOLED, NOT_TOLD, {metric: nothing}, withheld.text),
+        sites=(),
+        model_sha256=model_sha256,
+        limits=limits,
+    )
     if told is None or not told.sites or str(Split.TEST) not in told.figures:
-        nothing = Figure(None, _WITHHELD, note=withheld.text)
-        return Evidence(
-            **common,  # type: ignore[arg-type]
-            sources={_WITHHELD: withheld},
-            pooled=Performance(POOLED, NOT_TOLD, {metric: nothing}, withheld.text),
-            sites=(),
-            limits=limits,
-        )
+        return silent
     found = told.figures[Split.TEST]
     judged = {
         name: Performance(name, NOT_TOLD, {m: t.figure for m, t in figures.items()})
         for name, figures in found.items()
     }
-    return Evidence(
-        **common,  # type: ignore[arg-type]
+    return replace(
+        silent,
         sources=told.sources,
         pooled=judged.pop(POOLED),
         sites=tuple(judged[name] for name in sorted(judged)),

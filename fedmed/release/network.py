@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedmed.codec import decode
 from fedmed.errors import ConfigError, ModelError
-from fedmed.release.records import ModelFacts
+from fedmed.models.facts import KEY, ModelFacts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,7 @@ def read_facts(content: bytes, what: str) -> ModelFacts:
     try:
         if not 2 <= size <= min(_MOST_HEADER, len(content) - 8):
             raise ValueError("header")
-        text = json.loads(content[8 : 8 + size])["__metadata__"]["fedmed"]
+        text = json.loads(content[8 : 8 + size])["__metadata__"][KEY]
         return decode(ModelFacts, text)
     except ConfigError as error:
         raise ModelError(f"{what}: {error.problem}", "use the fedmed that wrote it") from error
