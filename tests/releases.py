@@ -33,7 +33,7 @@ from fedmed.evaluation.evidence import (
 from fedmed.experiment.plan import model_spec, task_spec
 from fedmed.models.factory import build_model
 from fedmed.models.facts import ModelFacts
-from fedmed.release.build import make_release
+from fedmed.release.build import make_release, read_candidate
 from fedmed.release.criteria import Criteria, Demands
 from fedmed.release.signatures import add_signature
 from fedmed.release.verify import check_files
@@ -180,7 +180,7 @@ def sign(release: Path, signers: Signers, people: tuple[tuple[str, str], ...] = 
 
 
 def make_signed(folder: Path, signers: Signers, run: Path) -> Path:
-    make_release(run, folder, CRITERIA)
+    make_release(read_candidate(run), folder, CRITERIA)
     sign(folder, signers)
     return folder
 

@@ -19,6 +19,8 @@ from fedmed.models.facts import ModelFacts
 from fedmed.types import PackedArrays
 
 MODEL: Final = "model.safetensors"
+PLAN: Final = "plan.json"
+"""A copy of the study's plan: the run's folder says what its model is."""
 _NOT_ASKED: Final = Source(
     SourceKind.WITHHELD,
     "Not shown: no site told figures of its images. The study's plan has to ask for them "
@@ -34,7 +36,7 @@ _LIMITS: Final = (
 def write_result(
     folder: Path, run: str, plan: StudyPlan, state: ServerState, spent: Mapping[str, float | None]
 ) -> None:
-    """Write weights, summary and evidence of a run whose last round is over.
+    """Write plan, weights, summary and evidence of a run whose last round is over.
 
     Args:
         folder: of the run.
@@ -44,6 +46,7 @@ def write_result(
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
     """
+    write_atomic(folder / PLAN, plan.document().encode())
     _write_model(folder, plan, state.released)
     summary = {
         "study": plan.study,

@@ -51,9 +51,11 @@ def load_network(content: bytes, facts: ModelFacts, what: str) -> nn.Module:
     from fedmed.training.build import build
 
     if facts.personal:
+        # What was judged is one network a site, with tensors that nobody else has.
         raise ModelError(
-            f"{what} lacks the tensors that stayed at the sites ({', '.join(facts.personal)})",
-            "train a model without federation.personal",
+            f"{what} lacks the tensors that stayed at the sites ({', '.join(facts.personal)}): "
+            "without them it was not judged",
+            "train and judge a model without federation.personal",
         )
     network = build(facts.model, facts.task, dp=facts.dp, seed=0)
     try:
@@ -61,6 +63,10 @@ def load_network(content: bytes, facts: ModelFacts, what: str) -> nn.Module:
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
         raise ModelError(f"{what} is damaged", "obtain it anew") from error
     own = network.state_dict()
+    if facts.dp:
+        # no buffer is trained or leaves a site: those of the network are constants
+        constants = dict(network.named_buffers()).keys() & own.keys()
+        tensors = {**{n: own[n] for n in constants}, **tensors}
     unlike = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape]
     unlike += [n for n in tensors if n not in own]
     if unlike:

@@ -21,6 +21,8 @@ EVIDENCE: Final = "evidence.json"
 PREPARATION: Final = "preparation.json"
 PLAN: Final = "plan.json"
 AUDIT: Final = "audit.json"
+CONFIG: Final = "config.yaml"
+"""Of a simulation's run folder; a coordinator's has :data:`PLAN`."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 

@@ -13,7 +13,7 @@ from fedmed.audit.log import verify as verify_log
 from fedmed.codec import encode
 from fedmed.errors import AuditError, CheckpointError, ConfigError, DataError, ModelError
 from fedmed.evaluation.evidencefile import read_evidence
-from fedmed.release.build import make_release
+from fedmed.release.build import make_release, read_candidate
 from fedmed.release.network import load_network, read_facts
 from fedmed.release.verify import check_files
 
@@ -39,7 +39,7 @@ def rewrite(run, *, facts=None, tensors=None):
 
 def test_what_a_release_holds(run, tmp_path):
     out = tmp_path / "release"
-    manifest = make_release(run, out, CRITERIA, "Chest 1")
+    manifest = make_release(read_candidate(run), out, CRITERIA, "Chest 1")
     assert check_files(out).faults == ()
     assert manifest.name == "Chest 1"
     assert [f.path for f in manifest.files] == [
@@ -60,7 +60,7 @@ def test_what_a_release_holds(run, tmp_path):
 
 def test_the_plan_tells_nothing_of_the_machine(run, tmp_path):
     out = tmp_path / "release"
-    make_release(run, out, CRITERIA)
+    make_release(read_candidate(run), out, CRITERIA)
     for file in ("plan.json", "release.json", "preparation.json", "audit.json"):
         assert not re.search(r'": "/|tmp', (out / file).read_text()), file
 
@@ -71,14 +71,14 @@ def test_a_failed_writing_leaves_nothing(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(CheckpointError, match="No space"):
-        make_release(run, tmp_path / "release", CRITERIA)
+        make_release(read_candidate(run), tmp_path / "release", CRITERIA)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_release_replaces_nothing(run, tmp_path):
     (tmp_path / "release").mkdir()
     with pytest.raises(CheckpointError, match="exists"):
-        make_release(run, tmp_path / "release", CRITERIA)
+        make_release(read_candidate(run), tmp_path / "release", CRITERIA)
 
 
 def delete(name):
@@ -134,7 +134,7 @@ def two_temperatures(run):
 def test_a_run_that_cannot_be_released(spoil, error, says, run, tmp_path):
     spoil(run)
     with pytest.raises(error, match=says):
-        make_release(run, tmp_path / "release", CRITERIA)
+        make_release(read_candidate(run), tmp_path / "release", CRITERIA)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
