@@ -146,9 +146,10 @@ class EvaluationConfig:
     figures: bool = False
     splits: list[str] = field(default_factory=lambda: ["val", "test"])
     target_epsilon: float | None = None  # None: without noise
-    bins: int | None = None  # None: 32 with noise, 32768 without
+    bins: int | None = None  # None: 32 with noise, 32768 without, 4096 with groups
     span: float | None = None  # None: 4 with noise, 16 without
     max_images_per_unit: int = 1
+    groups: dict[str, Any] = field(default_factory=dict)  # column: [values]
 
 
 @dataclass

@@ -10,10 +10,11 @@ from typing import Final
 from fedmed import __version__
 from fedmed.evaluation.evidence import Guarantee, RunFacts, Source, SourceKind
 from fedmed.evaluation.evidencefile import write_evidence
+from fedmed.evaluation.summary_answers import NOT_TOLD
 from fedmed.federation.files import save_arrays, write_atomic
 from fedmed.federation.state import ServerState
 from fedmed.federation.study import StudyPlan
-from fedmed.federation.told import NOT_TOLD, read_evaluation, told_evidence
+from fedmed.federation.told import read_evaluation, told_evidence
 from fedmed.hashing import sha256_file
 from fedmed.models.facts import ModelFacts
 from fedmed.types import PackedArrays

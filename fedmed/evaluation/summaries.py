@@ -161,26 +161,40 @@ def told_together(bins: Counts, ends: Sequence[int]) -> Counts:
     return told
 
 
-def enough_patients(bins: Counts, patients: NDArray[np.int64], floor: int) -> list[int]:
+def enough_patients(
+    bins: Counts,
+    patients: NDArray[np.int64],
+    floor: int,
+    parts: NDArray[np.int64] | None = None,
+    among: Sequence[int] | None = None,
+) -> list[int]:
     """Ends of the narrowest cells, from the lowest bin on, that hold ``floor`` patients each.
 
     Args:
         bins: ``[N]`` bin of each image.
         patients: ``[N]`` numbers.
+        parts: ``[N]``: the images are told part by part in the same cells, and each part must
+            have its ``floor`` patients in each of them. None: they are one part.
+        among: bins that a cell may end with; None: any.
 
     Returns:
         Nothing where there are fewer patients in all; what is left over joins the last cell.
     """
     ends: list[int] = []
     order = np.argsort(bins, kind="stable")
-    sorted_bins, owners = bins[order].tolist(), patients[order].tolist()
-    seen: set[int] = set()
-    for position, (bin_, patient) in enumerate(zip(sorted_bins, owners, strict=True)):
-        seen.add(patient)
-        whole = position + 1 == len(sorted_bins) or sorted_bins[position + 1] != bin_
-        if whole and len(seen) >= floor:
+    parts = np.zeros(len(bins), np.int64) if parts is None else parts
+    allowed = None if among is None else set(among)
+    present = np.unique(parts).tolist()
+    seen: dict[int, set[int]] = {part: set() for part in present}
+    columns = (bins[order].tolist(), patients[order].tolist(), parts[order].tolist())
+    for position, (bin_, patient, part) in enumerate(zip(*columns, strict=True)):
+        seen[part].add(patient)
+        if position + 1 < len(order) and columns[0][position + 1] == bin_:
+            continue
+        fits = allowed is None or bin_ in allowed
+        if fits and all(len(own) >= floor for own in seen.values()):
             ends.append(bin_)
-            seen = set()
+            seen = {part: set() for part in present}
     return ends
 
 

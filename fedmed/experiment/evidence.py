@@ -29,9 +29,10 @@ from fedmed.evaluation.evidence import (
     SourceKind,
 )
 from fedmed.evaluation.evidencefile import EVIDENCE, FOLDER, write_evidence
+from fedmed.evaluation.summary_answers import NOT_TOLD
 from fedmed.experiment.finished import CONFIG, FinishedRun
 from fedmed.experiment.rivals import Rivals
-from fedmed.federation.told import NOT_TOLD, read_evaluation, told_evidence
+from fedmed.federation.told import read_evaluation, told_evidence
 from fedmed.types import PrivacyUnit, Split, TaskKind
 
 TEST_CASES: Final = f"{FOLDER}/cases-test.jsonl"

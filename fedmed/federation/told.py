@@ -18,14 +18,18 @@ from fedmed.evaluation.evidence import (
     RunFacts,
     Source,
 )
+from fedmed.evaluation.summary_answers import NOT_TOLD
 from fedmed.federation.evaluation_file import NAME, POOLED, EvaluationFile
 from fedmed.types import Split, TaskKind
 
-NOT_TOLD: Final = "not told"
 _WITHHELD: Final = "withheld"
 _LIMIT: Final = (
     "The figures come from sums that the sites told; nobody has seen the images, and what the "
-    "sums cannot show (groups of patients, prediction sets) is not shown."
+    "sums cannot show (prediction sets) is not shown."
+)
+_NO_GROUPS: Final = (
+    "Groups of patients were not told apart: the study's plan did not ask for it "
+    "(evaluation.groups)."
 )
 _RULE: Final = "largest sensitivity + specificity on validation images (Youden 1950)"
 
@@ -80,9 +84,9 @@ def told_evidence(
     )
     if told is None or not told.sites or str(Split.TEST) not in told.figures:
         return silent
-    found = told.figures[Split.TEST]
+    found, patients = told.figures[Split.TEST], told.patients[Split.TEST]
     judged = {
-        name: Performance(name, NOT_TOLD, {m: t.figure for m, t in figures.items()})
+        name: Performance(name, patients[name], {m: t.figure for m, t in figures.items()})
         for name, figures in found.items()
     }
     return replace(
@@ -94,5 +98,6 @@ def told_evidence(
             OperatingPoint(target, figure, figure.note or _RULE)
             for target, figure in sorted(told.thresholds.items())
         ),
-        limits=(*limits, _LIMIT),
+        subgroups=told.subgroups,
+        limits=(*limits, _LIMIT, *([] if told.subgroups else [_NO_GROUPS])),
     )

@@ -59,7 +59,8 @@ def _figures(plan: StudyPlan) -> str:
         if asked.target_epsilon is None
         else f"with noise for epsilon {asked.target_epsilon:g} more"
     )
+    groups = "".join(f"; by {g.column} ({', '.join(g.values)})" for g in asked.groups)
     return (
-        f"sums over {' and '.join(asked.splits)} images after the last round, {noise}; the "
-        "site's own rules may withhold them"
+        f"sums over {' and '.join(asked.splits)} images after the last round, {noise}{groups}; "
+        "the site's own rules may withhold them"
     )
