@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Final
 
 import numpy as np
@@ -17,7 +18,7 @@ from fedmed.evaluation.summary_noise import noise_std
 from fedmed.types import DPSpec, TaskKind, TaskSpec
 
 NOT_TOLD: Final = "not told"
-_SURE: Final = 1.6448536269514722  # 95 % of a normal variable lie below
+_DOUBT: Final = 0.05  # chance that noise makes a number of patients too large
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,16 @@ def images_per_patient(answers: Sequence[Answer], task: TaskSpec) -> float:
     bounded = [a.mechanism.max_images_per_unit for a in answers if a.mechanism is not None]
     if bounded or any(a.sizes is None for a in answers):
         return float(max(bounded, default=1))
-    images = _images(merge([a.told for a in answers]), task)
+    images = _images(merge([a.told for a in answers]), task).sum(axis=1).max()
     patients = sum(int(a.sizes[0]) for a in answers if a.sizes is not None)
-    return max(1.0, float(images[0]) / max(1, patients))
+    return max(1.0, float(images) / max(1, patients))
 
 
 def patients_of(answers: Sequence[Answer], task: TaskSpec) -> NDArray[np.float64]:
     """Patients that told summaries are about, at least.
 
-    Without noise the sites tell it. With noise it follows from the sums: nobody counts with more
-    images than the mechanism allows, and less than 95 % of the noise is taken off.
+    Without noise the sites tell it. With noise it follows from the sums, with 95 % confidence:
+    nobody counts with more images than the mechanism allows, and the noise is allowed for.
 
     Returns:
         In the order of :func:`fedmed.evaluation.summary_groups.tell_sizes`.
@@ -65,10 +66,14 @@ def patients_of(answers: Sequence[Answer], task: TaskSpec) -> NDArray[np.float64
         return np.zeros(sizes_shape(task))
     images = _images(merge([told for told, _, _ in noisy]), task)
     variance = sum(
-        _spread(told, task) * noise_std(task, spec, tables) ** 2 for told, spec, tables in noisy
+        _noise(told, task) * noise_std(task, spec, tables) ** 2 for told, spec, tables in noisy
     )
     most = max(spec.max_images_per_unit for _, spec, _ in noisy)
-    return np.maximum(0.0, (images - _SURE * np.sqrt(variance)) / most)
+    each = images - _quantile(_DOUBT) * np.sqrt(variance)
+    # every target counts everybody; the largest of several bounds is doubtful as often as all
+    whole, spread = images.sum(axis=1), np.sqrt(np.sum(variance, axis=1))
+    everybody = np.max(whole - _quantile(_DOUBT / len(whole)) * spread)
+    return np.maximum(0.0, np.append(everybody, each) / most)
 
 
 def patients_shown(answers: Sequence[Answer], task: TaskSpec) -> str:
@@ -77,22 +82,18 @@ def patients_shown(answers: Sequence[Answer], task: TaskSpec) -> str:
 
 
 def _images(told: Counts, task: TaskSpec) -> NDArray[np.float64]:
-    """Images that a summary counts, in the order of the sizes."""
+    """Images that a summary counts: ``[T, 2]`` by target and side, or ``[K, 1]``."""
     if task.kind is TaskKind.SEGMENTATION:
-        each = told[:, COLUMN["defined"]]
-        return _in_order(each.max(), each)
-    sides = told[:, :, 0].sum(axis=-1)
-    return _in_order(sides.sum(axis=1).max(), sides)
+        return np.asarray(told[:, [COLUMN["defined"]]], np.float64)
+    return np.asarray(told[:, :, 0].sum(axis=-1), np.float64)
 
 
-def _spread(told: Counts, task: TaskSpec) -> NDArray[np.float64]:
+def _noise(told: Counts, task: TaskSpec) -> NDArray[np.float64]:
     """Cells, each with its own noise, that :func:`_images` adds up."""
     if task.kind is TaskKind.SEGMENTATION:
-        each = told.any(axis=1).astype(np.int64)
-        return _in_order(each.max(), each)
-    sides = told.any(axis=(2, 3)).astype(np.int64) * told.shape[-1]
-    return _in_order(sides.sum(axis=1).max(), sides)
+        return np.asarray(told.any(axis=1, keepdims=True), np.float64)
+    return np.asarray(told.any(axis=(2, 3)) * told.shape[-1], np.float64)
 
 
-def _in_order(everybody: int, each: Counts) -> NDArray[np.float64]:
-    return np.asarray(np.append(everybody, each), np.float64)
+def _quantile(doubt: float) -> float:
+    return NormalDist().inv_cdf(1 - doubt)
