@@ -27,6 +27,10 @@ _LIMIT: Final = (
     "The figures come from sums that the sites told; nobody has seen the images, and what the "
     "sums cannot show (prediction sets) is not shown."
 )
+_GROUPS: Final = (
+    "Groups are those that the study's plan names; each is compared with the others of its column, "
+    "and patients who are in none are left out."
+)
 _NO_GROUPS: Final = (
     "Groups of patients were not told apart: the study's plan did not ask for it "
     "(evaluation.groups)."
@@ -99,5 +103,5 @@ def told_evidence(
             for target, figure in sorted(told.thresholds.items())
         ),
         subgroups=told.subgroups,
-        limits=(*limits, _LIMIT, *([] if told.subgroups else [_NO_GROUPS])),
+        limits=(*limits, _LIMIT, _GROUPS if told.subgroups else _NO_GROUPS),
     )
