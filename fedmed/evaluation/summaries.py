@@ -223,6 +223,20 @@ def cells_of(told: Counts) -> NDArray[np.int64]:
     return np.concatenate([low, high[:, 2:], counts[:, None]], axis=1)
 
 
+def is_told(told: Counts, task: TaskSpec) -> bool:
+    """Whether a site can have told this summary: cells that begin, end and do not overlap."""
+    if task.kind is TaskKind.SEGMENTATION:
+        defined, dice, squares = (told[:, COLUMN[n]] for n in ("defined", *BOUNDED[:2]))
+        return bool((squares <= dice).all() and (dice <= SCALE * defined.astype(float)).all())
+    low, high = (np.argwhere(told[:, :, end]) for end in (0, 1))
+    if not np.array_equal(low[:, :2], high[:, :2]) or (low[:, 2] > high[:, 2]).any():
+        return False
+    along = (low[1:, :2] == low[:-1, :2]).all(axis=1)
+    apart = low[1:, 2] > high[:-1, 2]
+    same = told[:, :, 0][tuple(low.T)] == told[:, :, 1][tuple(high.T)]
+    return bool((apart | ~along).all() and same.all())
+
+
 def _image_sums(predicted: NDArray[Any], reference: NDArray[Any], classes: int) -> Counts:
     """``[N, K, 7]``; Dice by the rules of :mod:`fedmed.evaluation.segmentation`."""
     axes = tuple(range(1, predicted.ndim))

@@ -44,6 +44,11 @@ class SplitSums:
     everybody: Summary
     groups: Mapping[str, Mapping[str, Summary]]
 
+    def every_group(self) -> Iterator[Summary]:
+        """The groups, column by column."""
+        for column in self.groups.values():
+            yield from column.values()
+
 
 def grid_of(request: EvaluationRequest) -> Grid:
     """The public bins that a request names. Raises ConfigError."""

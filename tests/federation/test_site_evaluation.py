@@ -362,7 +362,7 @@ def test_columns_make_the_noise_of_every_sum_larger(sites, arrays, monkeypatch):
         task = plan_for(sites, arrays, request).evaluate_task("demo-1", arrays)
         told_ = sum_up(trainer, task, {}, SPEC, floor, SecureGenerator())
         each = unpack_summaries(told_, request)[Split.TEST]
-        sets = [each.everybody, *(g for column in each.groups.values() for g in column.values())]
+        sets = [each.everybody, *each.every_group()]
         spread[len(groups)] = [s.told[:, :, 0].std() for s in sets]
     assert spread[0] == pytest.approx([noise_std(sites[0].task, SPEC)], rel=0.15)
     assert len(spread[2]) == 6
@@ -408,12 +408,20 @@ def test_answers_that_cannot_be_true_are_not_used(hospital, sites, arrays, monke
         {"released": replace(true.released, gradients="bookkeeping")},
         {"arrays": PackedArrays(true.arrays.table, {BUFFER: true.arrays.buffers[BUFFER] - 1})},
         {"arrays": PackedArrays((), {})},
+        {"arrays": torn(true.arrays, 3)}, {"arrays": torn(true.arrays, -40)},
     ):  # fmt: skip
         monkeypatch.setattr(agent, "evaluate", lambda _, c=changes: replace(true, **c))
         grid, names = grid_over([agent])
         report = ask_sites(grid, task, names, least=1, deadline=60)
         assert report.updates == ()
         assert report.failures[agent.name][0] == "update-rejected"
+
+
+def torn(arrays, place):
+    """Sums with a cell that begins or ends nowhere."""
+    sums = np.zeros_like(arrays.buffers[BUFFER])
+    sums[place] = 20
+    return PackedArrays(arrays.table, {BUFFER: sums})
 
 
 def test_an_empty_split_is_answered_with_noise(hospital, sites, arrays, monkeypatch):
