@@ -4,6 +4,7 @@ ledger, or is public."""
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -116,7 +117,16 @@ class Told:
     run: str = ""
     contents: list[RecordDict] = field(default_factory=list)
     statements: list[AnswerStatement] = field(default_factory=list)
-    written: list[bytes] = field(default_factory=list)
+    written: dict[int, list[bytes]] = field(default_factory=dict)
+
+    def wrote(self, content: bytes) -> None:
+        """Keep what a hospital writes, thread by thread: requests of several run side by side."""
+        self.written.setdefault(threading.get_ident(), []).append(content)
+
+    @property
+    def streams(self) -> list[bytes]:
+        """All that was written, in order within each thread."""
+        return [b"".join(parts) for parts in self.written.values()]
 
     @property
     def charges(self) -> list[LedgerEntry]:
@@ -158,7 +168,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, data: Path, canaries: Canarie
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "write_payload", record)
         patch.setattr(hospital_task, "seal", signed)
-        made.run = finish(folder, made.hospitals, tap=made.written.append)
+        made.run = finish(folder, made.hospitals, tap=made.wrote)
     return made
 
 
@@ -172,7 +182,7 @@ def test_every_field_has_its_charge_or_its_public_source(told: Told) -> None:
     for statement in told.statements:
         assert unexplained(vars(statement), "statement", told.charges) == []
         seen |= {name for name, _ in walk(vars(statement), "statement")}
-    hellos = list(said(b"".join(told.written)))
+    hellos = [hello for stream in told.streams for hello in said(stream)]
     for hello in hellos:
         assert unexplained(hello, "hello", told.charges) == []
     assert {h["phase"] for h in hellos} <= {"waiting", "training", "paused", "checking"}
@@ -257,7 +267,7 @@ def test_nothing_of_the_images_leaves(
     told: Told, canaries: Canaries, data: Path
 ) -> None:  # fmt: skip
     search = Search(canaries, canaries.pixels.reshape(-1, 2).astype("float32"))
-    assert search.found(b"".join(told.written)) == []
+    assert search.found(b"".join(told.streams)) == []
 
 
 def test_coordinator_keeps_figures_with_their_charges(told: Told) -> None:
