@@ -153,6 +153,15 @@ class EvaluationConfig:
 
 
 @dataclass
+class CardConfig:
+    """Who answers for the model, as the card shows it; None: not stated."""
+
+    developer: str | None = None
+    funder: str | None = None
+    contact: str | None = None
+
+
+@dataclass
 class StrategyConfig:
     """A Flower strategy by name, with plain parameters."""
 
@@ -224,6 +233,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    card: CardConfig = field(default_factory=CardConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     site: SiteConfig = field(default_factory=SiteConfig)

@@ -97,6 +97,7 @@ def _facts(
         ),
         distance_unit="voxels",
         fedmed=__version__,
+        responsible=plan.responsible,
     )
 
 

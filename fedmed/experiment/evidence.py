@@ -31,6 +31,7 @@ from fedmed.evaluation.evidence import (
 from fedmed.evaluation.evidencefile import EVIDENCE, FOLDER, write_evidence
 from fedmed.evaluation.summary_answers import NOT_TOLD
 from fedmed.experiment.finished import CONFIG, FinishedRun
+from fedmed.experiment.plan import responsible
 from fedmed.experiment.rivals import Rivals
 from fedmed.federation.told import read_evaluation, told_evidence
 from fedmed.types import PrivacyUnit, Split, TaskKind
@@ -203,6 +204,7 @@ def _facts(run: FinishedRun) -> RunFacts:
         ),
         distance_unit=summary.distance_unit,
         fedmed=__version__,
+        responsible=responsible(run.config),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from fedmed.config.schema import Config
 from fedmed.data.spec import PartitionSpec, PrepSpec
 from fedmed.errors import ConfigError
+from fedmed.evaluation.evidence import Responsible
 from fedmed.evaluation.groups import GroupColumn
 from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.policy import SitePolicy
@@ -143,6 +144,12 @@ def _group_column(column: str, values: Any) -> GroupColumn:
             f"evaluation.groups.{column} is no list of values", f'write {{{column}: ["a", "b"]}}'
         )
     return GroupColumn(column, tuple(str(v) for v in values))
+
+
+def responsible(config: Config) -> Responsible:
+    """Who answers for the model."""
+    stated = {name: text for name, text in vars(config.card).items() if text is not None}
+    return Responsible(**stated)
 
 
 def dp_request(config: Config) -> DPRequest | None:

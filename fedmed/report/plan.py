@@ -17,6 +17,8 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     lines = [
         f"study      {plan.study}: {plan.purpose or 'no purpose is given'}",
         f"plan       {plan.sha256()}",
+        f"made by    {plan.responsible.developer}; paid for by {plan.responsible.funder}; "
+        f"contact: {plan.responsible.contact}",
         f"learns     {plan.task.kind} ({', '.join(plan.task.classes)}) from images of {size}, "
         f"{plan.task.channels} channel(s)",
         f"network    {plan.model.name}, {_count(plan):,} numbers",

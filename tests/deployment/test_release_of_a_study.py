@@ -17,11 +17,12 @@ from fedmed.cli.main import main
 from fedmed.codec import plain
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.data.synthetic import SyntheticSpec, make_phantoms
+from fedmed.evaluation.evidence import Responsible
 from fedmed.evaluation.evidencefile import read_evidence
 from fedmed.hospital.folder import HospitalFolder
 
 GROUPS = "evaluation.groups={sex:[F,M],age_band:[0-39,40-64,65+]}"
-FIGURES = ("evaluation.figures=true", GROUPS)
+FIGURES = ("evaluation.figures=true", GROUPS, "card.developer='A university'")
 CRITERIA = """
 minimum_patients = 20
 columns = ["sex"]
@@ -83,6 +84,7 @@ def test_the_evidence_tells_groups_and_numbers_of_patients(world: World) -> None
     assert all(g.figures["auroc"].value is not None for g in sex.groups)
     assert {g.metric for g in sex.gaps} == {"auroc", "sensitivity", "specificity"}
     assert evidence.sources["pooled"].kind == "exact"
+    assert evidence.run.responsible == Responsible("A university")
 
 
 def test_from_the_study_to_predictions(

@@ -32,7 +32,7 @@ FIGURE = {"value", "low", "high", "source", "note"}
 PUBLIC_EVIDENCE = re.compile(
     r"format|resamples|seed|metric|model_sha256|limits/\d+|training_patients/.+"
     r"|run/(experiment|run_id|mode|strategy|model|seed|rounds|task|synthetic|unit|distance_unit"
-    r"|fedmed|classes/\d+|guarantees/\d+/(site|epsilon|delta|unbounded))"
+    r"|fedmed|responsible/(developer|funder|contact)|classes/\d+|guarantees/\d+/(site|epsilon|delta|unbounded))"
     r"|(pooled|sites/\d+)/(name|patients|note)|operating/\d+/(target|rule)|sources/.+"
     r"|conformal|calibration|matrix|comparisons"
     r"|subgroups/\d+/(column|groups/\d+/(name|patients|note)|gaps/\d+/(metric|group|verdict))"
