@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmed.evaluation.evidence import Gap, Performance, Subgroups
 from fedmed.evaluation.gaps import Demands, Difference, can_judge, compared, judge, undecidable
@@ -29,6 +30,20 @@ LEFT_OUT: Final = "not told: too few patients at every site, or in what would fo
 
 
 @dataclass(frozen=True)
+class _Side:
+    """A group, or the others, of which something was told.
+
+    Attributes:
+        sizes: as of :func:`fedmed.evaluation.summary_answers.patients_of`.
+        patients: the first of them in words.
+    """
+
+    figures: Mapping[str, Told]
+    sizes: NDArray[np.float64]
+    patients: str
+
+
+@dataclass(frozen=True)
 class _Judge:
     """What all comparisons of a study have in common."""
 
@@ -38,24 +53,21 @@ class _Judge:
     grid: Grid
     demands: Demands
 
-    def figures(self, answers: Sequence[Answer]) -> Mapping[str, Told]:
-        return told_figures(answers, self.task, self.thresholds, self.source, grid=self.grid)
+    def side(self, answers: Sequence[Answer]) -> _Side | None:
+        if not any(answer.told.any() for answer in answers):
+            return None
+        return _Side(
+            told_figures(answers, self.task, self.thresholds, self.source, grid=self.grid),
+            patients_of(answers, self.task),
+            patients_shown(answers, self.task),
+        )
 
-    def performance(self, value: str, answers: Sequence[Answer]) -> Performance:
-        if not _any(answers):
-            return Performance(value, NOT_TOLD, {}, LEFT_OUT)
-        figures = {m: t.figure for m, t in self.figures(answers).items()}
-        return Performance(value, patients_shown(answers, self.task), figures)
-
-    def differences(
-        self, group: Sequence[Answer], others: Sequence[Answer]
-    ) -> Mapping[str, Difference]:
+    def differences(self, group: _Side | None, others: _Side | None) -> Mapping[str, Difference]:
         """By metric; left out where too little is known."""
-        if not (_any(group) and _any(others)):
+        if group is None or others is None:
             return {}
-        sizes = [patients_of(side, self.task) for side in (group, others)]
-        patients = min(float(s[0]) for s in sizes)
-        each = np.minimum(*sizes)[1:]
+        least = np.minimum(group.sizes, others.sizes)
+        patients, each = float(least[0]), least[1:]
         if self.task.kind is TaskKind.SEGMENTATION:
             enough = each >= self.demands.min_patients
         else:
@@ -63,12 +75,14 @@ class _Judge:
         targets = [t for t, known in zip(targets_of(self.task), enough, strict=True) if known]
         if patients < self.demands.min_patients or not targets:
             return {}
-        ours, theirs = self.figures(group), self.figures(others)
         several = self.task.kind is not TaskKind.BINARY
         found = {}
         for metric in compared(self.task):
-            keys = [f"{metric}_{t}" for t in targets] if several else [metric]
-            parts = [p for key in keys if (p := _difference(ours[key], theirs[key])) is not None]
+            pairs = (
+                (group.figures[key], others.figures[key])
+                for key in ([f"{metric}_{t}" for t in targets] if several else [metric])
+            )
+            parts = [part for pair in pairs if (part := _difference(*pair)) is not None]
             if parts:
                 # errors of a mean, as if all erred together
                 value, error, bound = np.mean(parts, axis=0).tolist()
@@ -95,26 +109,40 @@ def told_subgroups(
         demands: what a comparison needs; the sites themselves keep back few patients.
     """
     judging = _Judge(task, thresholds, source, grid, demands or Demands())
+    sides = {name: {v: judging.side(a) for v, a in of.items()} for name, of in columns.items()}
     found = {
-        (name, value): judging.differences(
-            answers, [a for other, of in column.items() if other != value for a in of]
-        )
-        for name, column in columns.items()
-        for value, answers in column.items()
+        (name, value): judging.differences(own, _others(judging, columns[name], value, column))
+        for name, column in sides.items()
+        for value, own in column.items()
     }
     number = sum(len(differences) for differences in found.values())
     return tuple(
         Subgroups(
             name,
-            tuple(judging.performance(value, answers) for value, answers in column.items()),
+            tuple(_performance(value, own) for value, own in column.items()),
             tuple(
                 _gap(metric, value, found[name, value].get(metric), number, judging)
                 for value in column
                 for metric in compared(task)
             ),
         )
-        for name, column in columns.items()
+        for name, column in sides.items()
     )
+
+
+def _others(
+    judging: _Judge, column: Column, value: str, sides: Mapping[str, _Side | None]
+) -> _Side | None:
+    names = [name for name in column if name != value]
+    if len(names) == 1:
+        return sides[names[0]]
+    return judging.side([answer for name in names for answer in column[name]])
+
+
+def _performance(value: str, side: _Side | None) -> Performance:
+    if side is None:
+        return Performance(value, NOT_TOLD, {}, LEFT_OUT)
+    return Performance(value, side.patients, {m: t.figure for m, t in side.figures.items()})
 
 
 def _gap(metric: str, value: str, found: Difference | None, number: int, judging: _Judge) -> Gap:
@@ -129,7 +157,3 @@ def _difference(ours: Told, theirs: Told) -> tuple[float, float, float] | None:
     if a is None or b is None or ours.error is None or theirs.error is None:
         return None
     return a - b, math.hypot(ours.error, theirs.error), ours.bound + theirs.bound
-
-
-def _any(answers: Sequence[Answer]) -> bool:
-    return any(answer.told.any() for answer in answers)

@@ -88,9 +88,11 @@ def told_evidence(
     )
     if told is None or not told.sites or str(Split.TEST) not in told.figures:
         return silent
-    found, patients = told.figures[Split.TEST], told.patients[Split.TEST]
+    found, patients = told.figures[Split.TEST], told.patients.get(Split.TEST, {})
     judged = {
-        name: Performance(name, patients[name], {m: t.figure for m, t in figures.items()})
+        name: Performance(
+            name, patients.get(name, NOT_TOLD), {m: t.figure for m, t in figures.items()}
+        )
         for name, figures in found.items()
     }
     return replace(
