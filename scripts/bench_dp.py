@@ -63,6 +63,8 @@ from bench_dp_modes import CASES, MODES, Bench, Step
 from bench_dp_profile import measure_profiles, table
 from bench_dp_rows import TOLERANCE, Measured, Row, line, make_row
 
+from fedmed.training.memory import kept_memory
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -130,7 +132,8 @@ def measure(
     bench: Bench, modes: Sequence[str], arguments: argparse.Namespace
 ) -> dict[str, Measured]:
     """All that is asked for on one network."""
-    results = laps(bench, modes, arguments.laps)
+    with kept_memory():  # as in a local round, and for every mode alike
+        results = laps(bench, modes, arguments.laps)
     for mode, result in results.items():
         if result.step is None:
             continue

@@ -104,8 +104,9 @@ def tasks(
         yield Task(("scan", path), {"scan": [path.name]})
         for kind in ("images", "volume"):
             unit = {"kind": kind, "rule": 0, "name": path.name, "patient": "p",
-                    "paths": [path.name], "enhanced": kind == "volume", "series": "",
-                    "burned_in": "NO", "risky": False, "masks": []}  # fmt: skip
+                    "files": [[path.name, ""]], "enhanced": kind == "volume", "series": "",
+                    "burned_in": "NO", "risky": False, "head": False, "recognizable": False,
+                    "masks": []}  # fmt: skip
             yield Task((kind, path), {"convert": [unit]})
         number += 1
 

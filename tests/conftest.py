@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+# A run that is tested here forks after torch has computed, and a child of a process with OpenMP
+# threads waits for ever for threads that it does not have. Torch reads this when it is imported,
+# which no test module has done yet.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -54,6 +54,15 @@ def add_dicom(parser: argparse.ArgumentParser) -> None:
         choices=("off", "risky", "all"),
         help="images that the text detector looks at (risky: kinds that often hold text)",
     )
+    parser.add_argument(
+        "--deface",
+        metavar="COMMAND",
+        help="the hospital's own tool for head volumes, with {input} and {output}, as "
+        "'mideface --i {input} --o {output}' (docs/dicom.md)",
+    )
+    parser.add_argument(
+        "--deface-seconds", type=float, metavar="S", help="after which it has failed (1800)"
+    )
     parser.add_argument("--workers", type=int, help="processes that read files (one a core)")
     parser.add_argument("--seconds", type=float, help="after which a file is broken (300)")
     parser.add_argument("--memory", type=float, help="GiB of address space of a worker (4)")
@@ -64,7 +73,8 @@ def add_review(actions: _Actions, handler: Callable[[argparse.Namespace], int]) 
     parser = actions.add_parser(
         "review",
         help="look at what a DICOM import set aside, and decide",
-        description="Write a contact sheet (review.html) of the objects in the quarantine and a "
+        description="Write a contact sheet of the objects in the quarantine (review.html, and "
+        "review_01.png and so on with 20 objects a page) and a "
         "review.csv to fill in. The next import takes what is marked `clear`.",
     )
     parser.add_argument("dir", metavar="DIR", type=Path, help="site folder, there or to be made")
@@ -99,19 +109,21 @@ def review(args: argparse.Namespace) -> int:
     if not private.is_dir():
         raise DataError(f"{private} does not exist", "import first, or give it with --private")
     undecided = write_review(private)
-    sheet = write_sheet(private)
+    sheet, pages = write_sheet(private)
     decided = read_review(private)
     facts = {
         "undecided": undecided,
         "cleared": len(decided.cleared),
         "kept_out": len(decided.rejected),
         "sheet": str(sheet),
+        "pages": [str(page) for page in pages],
         "table": str(private / REVIEW),
     }
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
-    print(f"look at   {sheet}\nfill in   {private / REVIEW}")
+    images = f" (or {pages[0]}; PNG pages: {len(pages)})" if pages else ""
+    print(f"look at   {sheet}{images}\nfill in   {private / REVIEW}")
     print(
         f"{undecided} undecided, {len(decided.cleared)} cleared, {len(decided.rejected)} kept out"
     )

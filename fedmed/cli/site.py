@@ -272,23 +272,18 @@ def _budget(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(found), indent=2))
         return 0
-    print_table(
-        plain_table(
-            ("run", "rounds", "steps", "figures", "unfinished", "ε afterwards", "last charge"),
-            [
-                (
-                    r.run,
-                    str(r.rounds),
-                    str(r.steps),
-                    str(r.figures),
-                    str(r.unfinished),
-                    r.epsilon,
-                    r.last,
-                )
-                for r in found.runs
-            ],
-        )
-    )
+    columns = {
+        "run": [r.run for r in found.runs],
+        "rounds": [r.rounds for r in found.runs],
+        "steps": [r.steps for r in found.runs],
+        "figures": [r.figures for r in found.runs],
+        "unfinished": [r.unfinished for r in found.runs],
+        "opted out": ["-" if r.opted_out is None else r.opted_out for r in found.runs],
+        "ε afterwards": [r.epsilon for r in found.runs],
+        "last charge": [r.last for r in found.runs],
+    }
+    rows = [tuple(map(str, row)) for row in zip(*columns.values(), strict=True)]
+    print_table(plain_table(tuple(columns), rows))
     print(f"spent {found.spent} of {found.limit} (delta {found.delta:g}, per {found.unit})")
     return 0
 

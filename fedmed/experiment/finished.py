@@ -25,6 +25,7 @@ from fedmed.hashing import sha256_file
 from fedmed.privacy.ledger import Ledger
 from fedmed.report.runfolder import read_summary
 from fedmed.report.summary import Summary
+from fedmed.training.arrays import put_personal
 from fedmed.training.build import build
 from fedmed.training.trainer import pick_device
 from fedmed.types import PrivacyUnit, TrainTask
@@ -126,7 +127,7 @@ class FinishedRun:
         model = self._empty()
         for site in self.sites:
             self._load(model, self._model_file(site))
-            self._copy(model, self._personal(site))
+            put_personal(model, self._personal(site))
             yield site, model
 
     def shared(self) -> nn.Module:
@@ -179,9 +180,3 @@ class FinishedRun:
                 f"{path} is not the network of {self.folder / CONFIG}",
                 "resume the run to write it anew",
             ) from error
-
-    @staticmethod
-    def _copy(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-        own = model.state_dict(keep_vars=True)
-        for name, tensor in tensors.items():
-            own[name].data.copy_(tensor)

@@ -21,7 +21,7 @@ from fedmed.federation.state import ServerState
 from fedmed.report.progress import Progress
 from fedmed.report.runfolder import GLOBAL, MetricsLog
 from fedmed.report.tracking import Tracker
-from fedmed.training.arrays import personal_state, unpack
+from fedmed.training.arrays import personal_state, put_personal, unpack
 from fedmed.training.build import build
 from fedmed.training.trainer import FitResult, pick_device
 from fedmed.types import PackedArrays, PrivacyUnit, Split, TrainTask
@@ -55,9 +55,7 @@ class Judge:
             agents = list(leg.agents.values())
             agent = agents[0] if len(agents) == 1 else leg.agents.get(site or "")
             personal = agent.state(self._task.run_id).latest_personal() if agent else {}
-            own = self._model.state_dict(keep_vars=True)
-            for name, tensor in {**self._initial, **personal}.items():
-                own[name].data.copy_(tensor)
+            put_personal(self._model, {**self._initial, **personal})
         return self._model
 
     def evaluate(

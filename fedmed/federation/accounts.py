@@ -100,9 +100,12 @@ class Accounts:
                 )
 
     def reserve(
-        self, task: Work, spec: DPSpec | None, delta: float, task_hash: str
+        self, task: Work, spec: DPSpec | None, delta: float, task_hash: str, opted_out: int
     ) -> tuple[Charge, ...]:
         """Charge one round to every cohort; durable before this returns.
+
+        Args:
+            opted_out: patients who have withdrawn their consent by now, for the books alone.
 
         Raises:
             BudgetExhausted, LedgerError: see :meth:`Ledger.reserve`.
@@ -117,6 +120,7 @@ class Accounts:
                 max_epsilon=self._policy.max_epsilon,
                 delta=delta,
                 accountant=self._policy.accountant,
+                opted_out=opted_out,
             )
             for account in self._accounts
         )

@@ -176,9 +176,10 @@ class SiteAgent:
         prepared = self._trainer.prepare(
             task, self._engine(task, spec), cohort, state.personal(task.round)
         )
-        self._log_admission(task, spec)
+        opted_out = self._trainer.opted_out()
+        self._log_admission(task, spec, opted_out)
         delta = spec.delta if spec else self._policy.delta_for(size)
-        charges = self.accounts.reserve(task, spec, delta, fingerprint(task))
+        charges = self.accounts.reserve(task, spec, delta, fingerprint(task), opted_out)
         if self._listener is not None:
             self._listener.started(self.name, task)
         fit = self._trainer.fit(prepared)
@@ -223,7 +224,9 @@ class SiteAgent:
             delta=spec.delta if spec else None,
         )
         delta = spec.delta if spec else self._policy.delta_for(size)
-        charges = self.accounts.reserve(task, spec, delta, fingerprint(task))
+        charges = self.accounts.reserve(
+            task, spec, delta, fingerprint(task), self._trainer.opted_out()
+        )
         arrays = sum_up(
             self._trainer,
             task,
@@ -267,7 +270,7 @@ class SiteAgent:
         seed = derived_seed(task.seed, "batches", task.round, self.name)
         return PlainEngine(task.trainer.batch_size, seed)
 
-    def _log_admission(self, task: TrainTask, spec: DPSpec | None) -> None:
+    def _log_admission(self, task: TrainTask, spec: DPSpec | None, opted_out: int) -> None:
         self._audit.append(
             "task-admitted",
             run=task.run_id,
@@ -278,7 +281,7 @@ class SiteAgent:
             noise_multiplier=spec.noise_multiplier if spec else None,
             sample_rate=spec.sample_rate if spec else None,
             delta=spec.delta if spec else None,
-            opted_out=self._trainer.opted_out(),
+            opted_out=opted_out,
         )
 
     def _log_release(self, event: str, task: TrainTask, update: ClientUpdate) -> None:

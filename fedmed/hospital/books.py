@@ -27,6 +27,8 @@ class RunBudget:
         rounds, steps: of training, charged, whether finished or not.
         figures: charges for figures of the trained network.
         unfinished: charges whose update was never ready to leave; they are spent all the same.
+        opted_out: patients who had withdrawn their consent by the last charge, or None where
+            that was not noted.
         epsilon: what the cohort had spent after the run's last charge, as text.
         last: when that was, UTC.
     """
@@ -36,6 +38,7 @@ class RunBudget:
     steps: int
     figures: int
     unfinished: int
+    opted_out: int | None
     epsilon: str
     last: str
 
@@ -184,6 +187,7 @@ def _by_run(entries: Iterable[LedgerEntry]) -> tuple[RunBudget, ...]:
             steps=sum(e.spec.steps for e in own if e.spec is not None and not is_sum(e.spec)),
             figures=sum(is_sum(e.spec) for e in own),
             unfinished=sum(e.committed_at is None for e in own),
+            opted_out=own[-1].opted_out,
             epsilon=_amount(own[-1].epsilon),
             last=own[-1].time,
         )

@@ -21,6 +21,8 @@ class LedgerEntry:
             as it was once trained without differential privacy.
         committed_at: when the update was ready to leave, or None (a crash, or still running).
         update_sha256: hash of the stored update, or None.
+        opted_out: patients who had withdrawn their consent when it was charged, or None where
+            that was not noted. The hospital's own figure: no message holds it.
     """
 
     id: int
@@ -35,6 +37,7 @@ class LedgerEntry:
     reserved_at: str
     committed_at: str | None
     update_sha256: str | None
+    opted_out: int | None = None
 
     @property
     def state(self) -> str:

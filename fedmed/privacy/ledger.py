@@ -86,6 +86,7 @@ class Ledger:
         max_epsilon: float,
         delta: float,
         accountant: str = "rdp",
+        opted_out: int | None = None,
     ) -> Charge:
         """Charge ``spec`` to the cohort, on disk before this returns.
 
@@ -94,6 +95,7 @@ class Ledger:
                 recorded as infinite ε and allowed only where ``max_epsilon`` is inf.
             max_epsilon: the site's limit on everything ever charged to this cohort and unit.
             delta: δ at which the limit holds.
+            opted_out: how many patients have withdrawn their consent by now; never who.
 
         Raises:
             BudgetExhausted: the limit would be passed; nothing was written.
@@ -108,7 +110,7 @@ class Ledger:
                 raise _exhausted(before, total, max_epsilon, delta)
             cursor = db.execute(
                 "INSERT INTO charge (cohort, run_id, round, task_hash, spec, delta, accountant,"
-                " epsilon, reserved_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " epsilon, reserved_at, opted_out) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     cohort,
                     run_id,
@@ -119,6 +121,7 @@ class Ledger:
                     accountant,
                     total,
                     _now(),
+                    opted_out,
                 ),
             )
             return _by_id(db, cursor.lastrowid)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedmed.errors import LedgerError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _APPLICATION_ID = 0x66656D64  # "femd": tells this file from any other SQLite database
 _SCHEMA = f"""
@@ -34,11 +34,16 @@ CREATE TABLE charge (
     reserved_at TEXT NOT NULL,
     committed_at TEXT,
     released TEXT,
-    update_sha256 TEXT
+    update_sha256 TEXT,
+    opted_out INTEGER CHECK (opted_out >= 0)
 );
 CREATE INDEX charge_cohort ON charge (cohort);
 CREATE INDEX charge_task ON charge (run_id, round, task_hash);
 """
+# From each version to the next; what a ledger holds is kept.
+_MIGRATIONS = {
+    1: "ALTER TABLE charge ADD COLUMN opted_out INTEGER CHECK (opted_out >= 0)",
+}
 
 
 class LedgerFile:
@@ -57,8 +62,10 @@ class LedgerFile:
         with self._translated():
             if not path.exists():
                 self._create()
-        with self.transaction(write=False):
-            pass
+        with self.transaction(write=False) as db:
+            old = _version(db) < SCHEMA_VERSION
+        if old:
+            self._migrate()
 
     @contextlib.contextmanager
     def transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
@@ -80,6 +87,13 @@ class LedgerFile:
                 raise
             db.commit()
 
+    def _migrate(self) -> None:
+        """Bring the file to this version in one transaction; another process may be quicker."""
+        with self.transaction() as db:
+            for version in range(_version(db), SCHEMA_VERSION):
+                db.execute(_MIGRATIONS[version])
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
     def _connect(self) -> sqlite3.Connection:
         # mode=rw never makes a file: a ledger that vanished is an error, not an empty account.
         uri = f"{self.path.resolve().as_uri()}?mode=rw"
@@ -87,7 +101,7 @@ class LedgerFile:
 
     def _check(self, db: sqlite3.Connection) -> None:
         (application,) = db.execute("PRAGMA application_id").fetchone()
-        (version,) = db.execute("PRAGMA user_version").fetchone()
+        version = _version(db)
         if application != _APPLICATION_ID or version < 1:
             raise self._damaged("not a fedmed ledger, or emptied")
         if version > SCHEMA_VERSION:
@@ -155,3 +169,7 @@ class LedgerFile:
                 f"ledger {self.path} cannot be used ({error.strerror})",
                 "check that its folder exists and is writable",
             ) from error
+
+
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])

@@ -55,4 +55,4 @@ def _differs(how: str) -> ModelError:
 
 def missing_packages(what: str) -> ModelError:
     """The line for packages of the extra ``export`` that are not installed."""
-    return ModelError(f"{what} is not installed", "pip install 'fedmed-imaging[export]'")
+    return ModelError(f"{what} is not installed", "install it with `uv sync --extra export`")

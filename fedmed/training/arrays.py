@@ -6,7 +6,7 @@ names, shapes and offsets: see :class:`fedmed.types.PackedArrays`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -95,3 +95,11 @@ def personal_state(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tenso
         for _, name, tensor in named_tensors(model, buffers=True)
         if is_personal(name, patterns)
     }
+
+
+def put_personal(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a site's own tensors into a model, in place."""
+    own = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)

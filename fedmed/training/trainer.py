@@ -19,9 +19,10 @@ from fedmed.data.site import PreparedSplit, SiteData
 from fedmed.models.losses import make_loss
 from fedmed.privacy.engine import Engine, Part, TrainSetup
 from fedmed.privacy.team import ALONE, Team
-from fedmed.training.arrays import pack, personal_state, unpack
+from fedmed.training.arrays import pack, personal_state, put_personal, unpack
 from fedmed.training.build import build
 from fedmed.training.loop import run_steps
+from fedmed.training.memory import kept_memory
 from fedmed.training.optimizers import cosine, make_optimizer
 from fedmed.types import (
     AugmentSpec,
@@ -145,10 +146,7 @@ class Trainer:
         model = build(task.model, task.task, dp=task.dp is not None, seed=task.seed)
         model.to(self._device)
         unpack(model, task.arrays)
-        own = model.state_dict(keep_vars=True)
-        with torch.no_grad():
-            for name, tensor in personal.items():
-                own[name].copy_(tensor)
+        put_personal(model, personal)
         return model
 
     def prepare(
@@ -194,7 +192,7 @@ class Trainer:
         else:
             seed = derived_seed(task.seed, "train", task.round, self._data.name)
             seed += self._team.rank  # no two workers augment alike
-        with torch.random.fork_rng(devices=_cuda_devices(self._device)):
+        with kept_memory(), torch.random.fork_rng(devices=_cuda_devices(self._device)):
             torch.manual_seed(seed)
             source = _AugmentedSplit(
                 self._data.splits[Split.TRAIN], task.augment, task.task.kind, task.task.dims,

@@ -318,6 +318,12 @@ def test_hospitals_books_show_the_charge(told: Told) -> None:
         assert (status.figures, status.figures_released) == ("noisy", 1)
 
 
+def test_how_many_opted_out_stands_in_the_books_alone(told: Told) -> None:
+    """Two at each hospital; every field that leaves is one of the list, which has no such one."""
+    assert {charge.opted_out for charge in told.charges} == {2}
+    assert not [name for name in SOURCES if "opted" in name]
+
+
 def test_a_statement_is_signed_over_each_answer(told: Told) -> None:
     rounds = sorted((s.site, s.round, s.code) for s in told.statements)
     assert rounds == [("north", 1, ""), ("north", 2, ""), ("south", 1, ""), ("south", 2, "")]

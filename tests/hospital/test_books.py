@@ -32,13 +32,13 @@ def rule(site, old, new):
     return HospitalFolder(site.path)
 
 
-def charge(site, run, *rounds, spec=SPEC, limit=math.inf, commit=True):
+def charge(site, run, *rounds, spec=SPEC, limit=math.inf, commit=True, opted_out=None):
     ledger = Ledger(site.ledger_path)
     ledger.declare_size("a/patient", 120)
     for round_ in rounds:
         made = ledger.reserve(
             site.rules.cohort, spec, run_id=run, round=round_, task_hash="0", max_epsilon=limit,
-            delta=1e-3,
+            delta=1e-3, opted_out=opted_out,
         )  # fmt: skip
         if commit:
             ledger.commit(made, spec, "0" * 64)
@@ -69,6 +69,14 @@ def test_repeated_round_is_spent_twice(site):
     charge(site, "demo-1", 1, 1)
     (run,) = budget(site).runs
     assert (run.rounds, run.steps) == (1, 4)
+
+
+def test_how_many_had_opted_out_by_the_last_charge(site):
+    charge(site, "demo-1", 1)
+    assert budget(site).runs[0].opted_out is None
+    charge(site, "demo-1", 2, opted_out=0)
+    charge(site, "demo-1", 3, opted_out=4)
+    assert budget(site).runs[0].opted_out == 4
 
 
 def test_two_studies_share_one_budget(tmp_path):

@@ -17,6 +17,7 @@ from fedmed.data.importers import DicomOptions, import_dicom
 from fedmed.data.importers.dicom.optout import add_optouts
 from fedmed.data.manifest import read_manifest, read_optout
 from fedmed.experiment.runner import Experiment
+from fedmed.privacy.ledger import Ledger
 from fedmed.report.progress import Progress
 
 OPENED: list[str] | None = None
@@ -103,6 +104,9 @@ def test_archive_to_result_with_an_optout_before_round_two(tmp_path, opened):
         told = [e["opted_out"] for e in entries if e["event"] == "task-admitted"]
         assert told == [0, 1, 1]  # how many, and nowhere who
         assert stranger not in log.read_text()
+        ledger = log.with_name("ledger.db")
+        assert [e.opted_out for e in Ledger(ledger).entries()] == [0, 1, 1]
+        assert stranger.encode() not in ledger.read_bytes()
 
     del opened[:]
     go("again", Progress(io.StringIO(), live=False))

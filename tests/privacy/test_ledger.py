@@ -9,14 +9,16 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from fedmed.errors import BudgetExhausted, LedgerError
+from fedmed.privacy import ledger_file
 from fedmed.privacy.accountant import Mechanism, epsilon
-from fedmed.privacy.ledger import Ledger
+from fedmed.privacy.ledger import Ledger, LedgerEntry
 from fedmed.types import DPSpec, PrivacyUnit
 
 DELTA = 1e-5
@@ -38,10 +40,11 @@ def ledger(tmp_path):
     return Ledger(tmp_path / "ledger.db")
 
 
-def reserve(ledger, spec=SPEC, cohort="a", limit=math.inf, run="run", round=0, task="t"):
+def reserve(ledger, spec=SPEC, cohort="a", limit=math.inf, run="run", round=0, task="t", gone=None):
     return ledger.reserve(
-        cohort, spec, run_id=run, round=round, task_hash=task, max_epsilon=limit, delta=DELTA
-    )
+        cohort, spec, run_id=run, round=round, task_hash=task, max_epsilon=limit, delta=DELTA,
+        opted_out=gone,
+    )  # fmt: skip
 
 
 def test_charges_compose_over_rounds_runs_and_reopenings(ledger):
@@ -217,6 +220,69 @@ def test_foreign_and_newer_files(tmp_path, ledger):
     db.close()
     with pytest.raises(LedgerError, match="schema version 99"):
         Ledger(ledger.path)
+
+
+FIRST_SCHEMA = """
+PRAGMA application_id = 1717923172;
+PRAGMA user_version = 1;
+CREATE TABLE cohort (name TEXT PRIMARY KEY, size INTEGER NOT NULL CHECK (size >= 0));
+CREATE TABLE charge (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, cohort TEXT NOT NULL, run_id TEXT NOT NULL,
+    round INTEGER NOT NULL, task_hash TEXT NOT NULL, spec TEXT, delta REAL NOT NULL,
+    accountant TEXT NOT NULL, epsilon REAL NOT NULL, reserved_at TEXT NOT NULL,
+    committed_at TEXT, released TEXT, update_sha256 TEXT
+);
+CREATE INDEX charge_cohort ON charge (cohort);
+CREATE INDEX charge_task ON charge (run_id, round, task_hash);
+"""
+
+
+def first_ledger(path, ledger):
+    """A file of the first schema with the charges of ``ledger``."""
+    columns = ", ".join(f.name for f in fields(LedgerEntry) if f.name != "opted_out")
+    with closing(sqlite3.connect(ledger.path)) as db:
+        rows = db.execute(f"SELECT {columns} FROM charge").fetchall()
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(FIRST_SCHEMA)
+        db.execute("INSERT INTO cohort VALUES ('a', 70)")
+        marks = ", ".join("?" * len(rows[0]))
+        db.executemany(f"INSERT INTO charge ({columns}) VALUES ({marks})", rows)
+        db.commit()
+
+
+def test_a_ledger_of_the_first_schema_keeps_what_it_holds(tmp_path, ledger):
+    for round in range(3):
+        reserve(ledger, round=round)
+    ledger.commit(ledger.entries()[1], SPEC, "00")
+    first_ledger(tmp_path / "old.db", ledger)
+    old = Ledger(tmp_path / "old.db")
+    assert old.entries() == ledger.entries()
+    assert {entry.opted_out for entry in old.entries()} == {None}
+    assert old.declared_size("a") == 70
+    assert reserve(old, gone=4).opted_out == 4
+    assert old.epsilon("a", PrivacyUnit.PATIENT, DELTA) > TWO
+    again = Ledger(old.path).entries()
+    assert [entry.opted_out for entry in again] == [None, None, None, 4]
+
+
+def test_a_move_to_the_next_schema_that_fails_changes_nothing(tmp_path, ledger, monkeypatch):
+    reserve(ledger)
+    path = tmp_path / "old.db"
+    first_ledger(path, ledger)
+    monkeypatch.setattr(ledger_file, "SCHEMA_VERSION", 3)
+    monkeypatch.setitem(ledger_file._MIGRATIONS, 2, "ALTER TABLE none ADD COLUMN x")
+    before = path.read_bytes()
+    with pytest.raises(LedgerError):
+        Ledger(path)
+    assert path.read_bytes() == before
+
+
+def test_how_many_opted_out_is_noted_and_never_negative(ledger):
+    assert reserve(ledger).opted_out is None
+    assert reserve(ledger, gone=0).opted_out == 0
+    with pytest.raises(LedgerError):
+        reserve(ledger, gone=-1)
+    assert len(ledger.entries()) == 2
 
 
 def test_an_unreadable_charge_is_an_error_not_zero(ledger):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedmed.privacy.clipping.outer import WeightGradient, squared_norms, weighted_sum
 
-_LAPS: Final = 3
+_LAPS: Final = 5
 _LONG: Final = 0.05  # seconds beyond which one run is enough
 _FRESH: Final = 1.25  # kept gradients lie in memory that is new in each step, but not in each lap
 

@@ -25,6 +25,8 @@ from fedmed.privacy.clipping.patches import (
 )
 
 _SMALL: Final = 1 << 22  # bytes of columns that no network notices
+_CACHE: Final = 1 << 20  # bytes that a core of a CPU keeps at hand
+_BLOCK: Final = 16  # channels that oneDNN lays side by side, be they there or not
 
 
 class ConvolutionGradient(WeightGradient):
@@ -60,9 +62,12 @@ class ConvolutionGradient(WeightGradient):
 
     def forms(self) -> Mapping[str, Callable[[Span], Tensor]]:
         """See :meth:`WeightGradient.forms`."""
-        ways = {"loop": self._loop, "grouped": self._grouped}
+        ways = {"loop": self._loop}
         geometry = self._geometry
         q, p, *kernel = geometry.weight
+        blocks = self.layout.units * self.size * max(1, _BLOCK // p) * self.inputs.itemsize
+        if p >= _BLOCK or blocks <= self._room:
+            ways["grouped"] = self._grouped
         pointwise = math.prod(kernel) == 1
         dense = set(geometry.stride) == {1} and not any(geometry.output_padding)
         if geometry.groups == 1:
@@ -139,8 +144,13 @@ class ConvolutionGradient(WeightGradient):
 
     @property
     def _room(self) -> int:
-        """Bytes that columns may take at once."""
+        """Bytes that columns may take."""
         return max(self.held, _SMALL)
+
+    @property
+    def _at_once(self) -> int:
+        """Bytes of columns that go into one product: the CPU's caches should still have them."""
+        return self._room if self.inputs.is_cuda else _CACHE * torch.get_num_threads()
 
     def _columns_bytes(self, positions: Tensor, channels: int) -> int:
         """Of the columns of the largest unit, with one for each pixel of ``positions``."""
@@ -153,7 +163,7 @@ class ConvolutionGradient(WeightGradient):
         result = self.inputs.new_empty((span.units, q, p * math.prod(kernel)))
         # A kernel of one pixel is its own column.
         each = 0 if math.prod(kernel) == 1 else self._columns_bytes(self.outputs, p)
-        for portion in self._portions(span, each, self._room):
+        for portion in self._portions(span, each, self._at_once):
             inputs, outputs, _ = self._rows(portion)
             patches = columns(inputs, portion.units, self._geometry, outputs.shape[2:])
             torch.bmm(
@@ -168,7 +178,7 @@ class ConvolutionGradient(WeightGradient):
         q, p, *kernel = self._geometry.weight
         result = self.inputs.new_empty((span.units, q * math.prod(kernel), p))
         each = self._columns_bytes(self.inputs, q)
-        for portion in self._portions(span, each, self._room):
+        for portion in self._portions(span, each, self._at_once):
             inputs, outputs, _ = self._rows(portion)
             torch.bmm(
                 turned_columns(outputs, portion.units, self._geometry, inputs.shape[2:]),

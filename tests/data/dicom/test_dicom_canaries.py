@@ -36,6 +36,7 @@ def planted(tmp_path_factory):
         for number in range(6):
             one = plant(
                 planter, RAMP + number, table, **PLACE, PatientID="sameCANARY00000X",
+                IssuerOfPatientID="issuerCANARY00000X",
                 ImagePositionPatient=[0, 0, 2.0 * number], SeriesInstanceUID="1.2.3",
                 FrameOfReferenceUID="1.2.4", StudyInstanceUID="1.2.5",
             )  # fmt: skip

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -21,9 +22,14 @@ from dicom_files import MR, enhanced, image, save, save_series, series
 from PIL import Image
 
 from fedmed.data.importers.dicom import DicomOptions
+from fedmed.data.importers.dicom.burned_in import Detect
+from fedmed.data.importers.dicom.convert import Settings
+from fedmed.data.importers.dicom.identity import load_key
 from fedmed.data.importers.dicom.importer import import_dicom
 from fedmed.data.importers.dicom.pool import Pool, Task
-from fedmed.data.importers.dicom.quarantine import pending, write_review
+from fedmed.data.importers.dicom.quarantine import Review, pending, write_review
+from fedmed.data.importers.dicom.rules import Rules
+from fedmed.data.importers.dicom.stages import Stages
 from fedmed.data.manifest import read_manifest, read_optout
 from fedmed.errors import DataError
 
@@ -71,9 +77,10 @@ def test_all_92_real_files_are_accounted_for(archive):
     assert report.reasons["broken"] == {
         "pixel data cut short": 1,
         "pixel data cannot be decoded (transfer syntax 1.2.840.10008.1.2.4.51)": 1,
+        "object number of another file, with other pixels": 1,  # two of the ultrasound images
     }
     assert sum(report.reasons["quarantined"].values()) == 6
-    assert report.reasons["skipped"]["same object as another file"] == 6
+    assert report.reasons["skipped"]["same object as another file"] == 5
     written = json.loads((dst / "import_report.json").read_text())
     assert written["quarantined"] == 6
     assert "quarantined" in (dst / "import_report.html").read_text()
@@ -168,6 +175,26 @@ def test_echoes_at_the_same_places_become_volumes_of_their_own(tmp_path):
     assert len(read_manifest(tmp_path / "dst").records) == 2
 
 
+def test_one_object_number_for_two_images_is_told(tmp_path):
+    """A copy is a copy in any coding; what only says that it is one is not dropped in silence."""
+    src = tmp_path / "src"
+    first = save(image(picture(), SOPInstanceUID="1.2.3"), src / "a.dcm")
+    (src / "copy.dcm").write_bytes(first.read_bytes())
+    recoded = image(picture(), SOPInstanceUID="1.2.3")
+    recoded.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+    save(recoded, src / "recoded.dcm")
+    save(image(picture(1), SOPInstanceUID="1.2.3"), src / "other.dcm")
+    save(image(picture(2), SOPInstanceUID="1.2.4"), src / "x.dcm")
+    save(image(picture(2), SOPInstanceUID="1.2.4", patient="P2"), src / "y.dcm")
+    report = run(src, tmp_path / "dst")
+    assert report.reasons["skipped"] == {"same object as another file": 2}
+    assert report.reasons["broken"] == {
+        "object number of another file, with other pixels": 1,
+        "object number that a file of another patient has too": 2,
+    }
+    assert report.kept == 1
+
+
 def test_rules_choose_and_labels_join(tmp_path):
     src = tmp_path / "src"
     for number in range(4):
@@ -195,7 +222,8 @@ def test_one_bad_file_never_stops_an_import(tmp_path):
     (src / "link.dcm").symlink_to(src / "good.dcm")
     report = run(src, tmp_path / "dst")
     assert report.kept == 1
-    assert report.kept + report.skipped + report.broken == 6  # links are not followed
+    assert report.kept + report.skipped + report.broken == 7
+    assert report.reasons["skipped"]["link (not followed)"] == 1
 
 
 def test_nothing_to_keep_leaves_nothing(tmp_path):
@@ -221,6 +249,51 @@ def test_dicomdir_names_the_files(tmp_path):
     assert run(tmp_path / "cd" / "DICOMDIR", tmp_path / "dst").kept == 3
     with pytest.raises(DataError, match="no DICOMDIR"):
         run(tmp_path / "cd" / "not_listed.dcm", tmp_path / "other")
+
+
+def test_what_is_not_looked_at_is_counted(tmp_path):
+    src = tmp_path / "src"
+    save(image(picture()), src / "a.dcm")
+    save(image(picture(1), patient="P2"), tmp_path / "elsewhere" / "b.dcm")
+    (src / "link.dcm").symlink_to(tmp_path / "elsewhere" / "b.dcm")
+    (src / "folder").symlink_to(tmp_path / "elsewhere")
+    (src / ".hidden").mkdir()
+    (src / ".DS_Store").write_text("x")
+    os.mkfifo(src / "pipe")
+    (src / "README.md").write_text("belongs to the import")
+    report = run(src, tmp_path / "dst")
+    assert report.reasons["skipped"] == {
+        "link (not followed)": 2,
+        "hidden file or folder": 2,
+        "no regular file": 1,
+    }
+    assert report.kept == 1
+
+
+def test_what_a_dicomdir_lists_is_accounted_for(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(pydicom.config.settings, "writing_validation_mode", pydicom.config.IGNORE)
+    save(image(picture()), tmp_path / "cd" / "IN" / "A")
+    save(image(picture(1), patient="P2"), tmp_path / "outside")
+    (tmp_path / "cd" / "LINK").symlink_to(tmp_path)
+    records = []
+    for name in ("IN\\A", "IN\\Meier", "..\\outside", "LINK\\outside", "/etc/passwd"):
+        record = pydicom.Dataset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            record.DirectoryRecordType, record.ReferencedFileID = "IMAGE", name.split("\\")
+        records.append(record)
+    capfd.readouterr()
+    listing = image(picture())
+    listing.DirectoryRecordSequence = records
+    save(listing, tmp_path / "cd" / "DICOMDIR")
+    report = run(tmp_path / "cd" / "DICOMDIR", tmp_path / "dst")
+    assert report.kept == 1
+    assert report.reasons["broken"] == {"listed in the DICOMDIR, not there": 1}
+    assert report.reasons["skipped"] == {
+        "link (not followed)": 1,
+        "listed in the DICOMDIR, outside of its folder": 2,
+    }
+    assert "Meier" not in "".join(capfd.readouterr())
 
 
 # --- opt-out ---------------------------------------------------------------------------------
@@ -277,13 +350,43 @@ def test_opted_out_patients_files_are_not_opened_again(tmp_path, monkeypatch):
         for line in (tmp_path / "dst.private" / "scan.jsonl").read_text().splitlines()
         if stranger in line
     )
-    assert entry["facts"] == {"kind": "image", "patient": stranger}
+    assert entry["facts"].keys() == {"kind", "patient", "study"}
     run(src, dst, overwrite=True)  # without the table: the folder remembers
     assert "2.dcm" not in opened.take()
     assert len(read_manifest(dst).records) == 3
     (tmp_path / "r.yaml").write_text("series: [{bits: 8}]")  # other rules: read anew, not theirs
     run(src, dst, overwrite=True, rules=tmp_path / "r.yaml")
     assert opened.take() == {"0.dcm", "1.dcm", "3.dcm"}
+
+
+def test_another_way_of_reading_does_not_go_by_the_journal(tmp_path, monkeypatch):
+    src = tmp_path / "src"
+    save(image(picture()), src / "0.dcm")
+    run(src, tmp_path / "dst")
+    private = tmp_path / "dst.private"
+    settings = Settings(src, tmp_path, private, load_key(private / "identity.key"), Rules(), False,
+                        Detect.RISKY, (), Review())  # fmt: skip
+    monkeypatch.setattr("fedmed.data.importers.dicom.pool._MODULE", "no_such_module")
+    with Pool({}, 1, 1.0) as pool:
+        stages = Stages(settings, pool, lambda *_: None)
+        assert [s.facts.kind for s in stages.scan(["0.dcm"], frozenset())] == ["image"]
+        monkeypatch.setattr("fedmed.data.importers.dicom.stages.READING", "another")
+        assert [s.facts.kind for s in stages.scan(["0.dcm"], frozenset())] == ["broken"]
+
+
+def test_files_that_change_during_the_import_are_left_out(tmp_path):
+    """Another patient's file may have taken the place of the one whose header was read."""
+    src = tmp_path / "src"
+    for number in range(2):
+        save(image(picture(number), patient=f"P{number}"), src / f"{number}.dcm")
+
+    def swap(stage: str, done: int, total: int) -> None:
+        if stage == "convert" and done == 0:
+            os.utime(src / "1.dcm", (1, 1))
+
+    report = import_dicom(src, tmp_path / "dst", DicomOptions(workers=1), swap)
+    assert report.reasons["broken"] == {"file changed during the import": 1}
+    assert report.kept == 1
 
 
 def test_an_optout_list_that_cannot_be_read_stops_the_import(tmp_path):
@@ -360,6 +463,17 @@ def test_private_folder_must_lie_outside(tmp_path):
     save(image(picture()), tmp_path / "src" / "a.dcm")
     with pytest.raises(DataError, match="inside the site folder"):
         run(tmp_path / "src", tmp_path / "dst", private=tmp_path / "dst" / "p")
+
+
+@pytest.mark.parametrize(
+    ("dst", "private"), [("src/site", None), ("site", "src/deep/p"), ("link/site", "p")]
+)
+def test_nothing_is_made_inside_the_source(tmp_path, dst, private):
+    save(image(picture()), tmp_path / "src" / "a.dcm")
+    (tmp_path / "link").symlink_to(tmp_path / "src")
+    with pytest.raises(DataError, match="inside the source"):
+        run(tmp_path / "src", tmp_path / dst, private=private and tmp_path / private)
+    assert [path.name for path in (tmp_path / "src").iterdir()] == ["a.dcm"]
 
 
 def test_workers_that_cannot_start_are_no_broken_files(tmp_path, monkeypatch):

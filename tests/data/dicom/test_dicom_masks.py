@@ -59,7 +59,8 @@ def test_segments_without_class_names_are_refused(tmp_path):
     save_series(made(patient="other"), tmp_path / "src" / "other")
     report = run(tmp_path / "src", tmp_path / "dst")
     assert report.reasons["broken"] == {"mask with several segments (name the classes)": 6}
-    assert report.kept == 6 + 1
+    assert report.reasons["kept"] == {"slice of a volume": 6}
+    assert report.reasons["skipped"] == {"mask of a volume that was not kept": 1}
 
 
 def test_contours_with_a_hole(tmp_path):
@@ -95,7 +96,7 @@ def test_nifti_beside_the_slices_in_another_orientation(tmp_path):
     )
     nibabel.save(other, tmp_path / "src" / "drawn.nii.gz")
     report = run(tmp_path / "src", tmp_path / "dst")
-    assert report.reasons["kept"]["mask"] == 1
+    assert report.reasons["kept"]["NIfTI used as mask"] == 1
     mask, image = the_mask(tmp_path / "dst")
     assert np.array_equal(mask, image > 700)
 
@@ -113,7 +114,32 @@ def test_nifti_named_in_the_table(tmp_path):
     (tmp_path / "labels.csv").write_text("patient_id,mask\nP7,m.nii.gz\nP8,wrong.nii.gz\n")
     report = run(tmp_path / "src", tmp_path / "dst", table=tmp_path / "labels.csv")
     assert report.reasons["broken"] == {"mask on another grid than the image": 6}
+    assert report.reasons["kept"] == {"slice of a volume": 6}  # masks are no files of the source
+    assert report.reasons["skipped"] == {}
     the_mask(tmp_path / "dst")
+
+
+def test_every_nifti_of_the_source_is_counted(tmp_path):
+    src = tmp_path / "src"
+    save_series(made(patient="P7"), src)
+    save_series(made(patient="P8"), src / "more")
+    run(src, tmp_path / "plain")
+    record = read_manifest(tmp_path / "plain").records[0]
+    image = nibabel.load(tmp_path / "plain" / record.image)
+    mask = nibabel.Nifti1Image((np.asarray(image.dataobj) > 100).astype(np.uint8), image.affine)
+    wrong = nibabel.Nifti1Image(np.asarray(mask.dataobj), image.affine @ np.diag([2, 1, 1, 1]))
+    for name, one in (("m", mask), ("other", mask), ("more/wrong", wrong), ("more/idle", mask)):
+        nibabel.save(one, src / f"{name}.nii.gz")
+    (src / "labels.csv").write_text("patient_id,mask\nP7,m.nii.gz\nP8,more/wrong.nii.gz\n")
+    report = run(src, tmp_path / "dst", table=src / "labels.csv")
+    assert report.reasons["kept"] == {"slice of a volume": 6, "NIfTI used as mask": 1}
+    assert report.reasons["skipped"] == {
+        "NIfTI not named in the table of labels": 2,
+        "mask of a volume that was not kept": 1,
+    }
+    assert report.kept + report.skipped + report.broken == 16  # all but the table
+    without = run(src, tmp_path / "without")  # two a folder: neither is taken for a mask
+    assert without.reasons["skipped"] == {"NIfTI file of no single volume": 4}
 
 
 @settings(max_examples=40)
@@ -152,3 +178,15 @@ def test_mask_is_resampled_with_its_image(tmp_path, spacing):
     run(tmp_path / "src", tmp_path / "dst", rules=tmp_path / "r.yaml")
     mask, _ = the_mask(tmp_path / "dst")
     assert set(np.unique(mask)) == {0, 1}
+
+
+def test_an_image_of_eight_bits_is_not_taken_for_a_mask(tmp_path):
+    save_series(made(), tmp_path / "src")
+    run(tmp_path / "src", tmp_path / "plain")
+    record = read_manifest(tmp_path / "plain").records[0]
+    image = nibabel.load(tmp_path / "plain" / record.image)
+    values = (np.asarray(image.dataobj) % 250).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), tmp_path / "src" / "t1.nii.gz")
+    save_series(made(patient="other"), tmp_path / "src" / "other")
+    report = run(tmp_path / "src", tmp_path / "dst")
+    assert report.reasons["broken"] == {"mask with many labels (name the classes)": 6}

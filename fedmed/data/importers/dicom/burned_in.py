@@ -35,10 +35,12 @@ class Detect(StrEnum):
     ALL = "all"
 
 
-def suspicion(burned_in: str, risky: bool) -> str:
+def suspicion(burned_in: str, risky: bool, recognizable: bool = False) -> str:
     """Why an object goes to the quarantine by its header alone; ``""`` if it does not."""
     if burned_in == YES:
         return "marked as burned-in annotation"
+    if recognizable:  # PS3.3, C.7.6.1.1.3
+        return "marked as showing recognizable features"
     if risky and burned_in != NO:
         return "kind that often holds text, not marked as free of it"
     return ""

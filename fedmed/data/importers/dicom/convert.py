@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 from fedmed.data.importers.dicom import burned_in, masks
 from fedmed.data.importers.dicom import vocabulary as words
 from fedmed.data.importers.dicom.burned_in import Detect
+from fedmed.data.importers.dicom.deface import to_be_defaced
 from fedmed.data.importers.dicom.geometry import Stack, stack_slices
 from fedmed.data.importers.dicom.identity import SiteKey
 from fedmed.data.importers.dicom.pixels import PixelSource
 from fedmed.data.importers.dicom.plan import VOLUME
-from fedmed.data.importers.dicom.quarantine import Review, save_preview
-from fedmed.data.importers.dicom.reading import Unusable, plain_numbers, read_header
+from fedmed.data.importers.dicom.quarantine import Box, Review, save_preview
+from fedmed.data.importers.dicom.reading import Unusable, plain_numbers, read_header, stamp_of
 from fedmed.data.importers.dicom.rules import Frames, Rule, Rules
 from fedmed.data.importers.dicom.volume import (
     assemble,
@@ -46,6 +48,8 @@ class Settings:
         private: the site's private folder, for previews of what is quarantined.
         classes: names of mask labels 1, 2, ….
         review: what a person decided on quarantined objects.
+        deface: words of the hospital's defacing command; empty without one.
+        deface_seconds: time limit of one run of it.
     """
 
     source: Path
@@ -57,14 +61,16 @@ class Settings:
     detect: Detect
     classes: tuple[str, ...]
     review: Review
+    deface: tuple[str, ...] = ()
+    deface_seconds: float = 0.0
 
 
 def convert(unit: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Convert a unit; never raises for what is in its files.
 
     Returns:
-        ``outcome``, ``reason`` and, where it was kept, ``rows`` with manifest cells and
-        ``files`` with the size of each file written.
+        ``outcome`` and ``reason``; ``preview`` where it was quarantined; where it was kept,
+        ``rows`` with manifest cells and ``files`` with the size of each file written.
 
     Raises:
         OSError: the work folder cannot be written.
@@ -83,6 +89,27 @@ def convert(unit: dict[str, Any], settings: Settings) -> dict[str, Any]:
         return {"outcome": Outcome.BROKEN, "reason": "malformed content"}
 
 
+def read_content(path: Path, stamp: str = "") -> bytes:
+    """A file of the archive.
+
+    Args:
+        stamp: when its header was read; it may have become another patient's file since.
+
+    Raises:
+        Unusable: unreadable, too large, or changed.
+    """
+    try:
+        with path.open("rb") as file:
+            if stamp and stamp_of(os.fstat(file.fileno())) != stamp:
+                raise Unusable("file changed during the import")
+            content = file.read(MOST_FILE + 1)
+    except OSError as error:
+        raise Unusable("file cannot be read") from error
+    if len(content) > MOST_FILE:
+        raise Unusable("too large")
+    return content
+
+
 class _Conversion:
     """One unit."""
 
@@ -92,15 +119,16 @@ class _Conversion:
         self._rule: Rule = settings.rules.rules[unit["rule"]]
         self._digest = hashlib.sha256()
         self._written: dict[str, int] = {}
+        self._preview = ""  # token of one that was left in the quarantine
 
     def run(self) -> dict[str, Any]:
         rows = self._volume() if self._unit["kind"] == VOLUME else self._images()
         if isinstance(rows, str):
-            return {"outcome": Outcome.QUARANTINED, "reason": rows}
+            return {"outcome": Outcome.QUARANTINED, "reason": rows, "preview": self._preview}
         return {"outcome": Outcome.KEPT, "reason": "", "rows": rows, "files": self._written}
 
     def _images(self) -> list[dict[str, str]] | str:
-        dataset, source = self._read(self._unit["paths"][0])
+        dataset, source = self._read(*self._unit["files"][0])
         chosen = _frames(source.frames, self._rule.frames)
         shown = [source.display(i, bits=self._rule.bits, window=self._rule.window) for i in chosen]
         held = self._held(shown, source.frames)
@@ -124,7 +152,7 @@ class _Conversion:
 
     def _volume(self) -> list[dict[str, str]] | str:
         if self._unit["enhanced"]:
-            dataset, source = self._read(self._unit["paths"][0])
+            dataset, source = self._read(*self._unit["files"][0])
             if source.colour:
                 raise Unusable("colour in a volume")
             stack = frames_stack(dataset, source)
@@ -155,8 +183,8 @@ class _Conversion:
         slices, places = [], []
         orientation: tuple[float, ...] = ()
         spacing: tuple[float, ...] = ()
-        for path in self._unit["paths"]:
-            dataset, source = self._read(path)
+        for path, stamp in self._unit["files"]:
+            dataset, source = self._read(path, stamp)
             if source.colour:
                 raise Unusable("colour in a volume")
             place = plain_numbers(dataset.get("ImagePositionPatient"), 3)
@@ -171,14 +199,8 @@ class _Conversion:
         stack = stack_slices(places, orientation, spacing)
         return [slices[i] for i in stack.order], stack
 
-    def _read(self, path: str) -> tuple[Any, PixelSource]:
-        try:
-            with (self._settings.source / path).open("rb") as file:
-                content = file.read(MOST_FILE + 1)
-        except OSError as error:
-            raise Unusable("file cannot be read") from error
-        if len(content) > MOST_FILE:
-            raise Unusable("too large")
+    def _read(self, path: str, stamp: str) -> tuple[Any, PixelSource]:
+        content = read_content(self._settings.source / path, stamp)
         self._digest.update(hashlib.sha256(content).digest())
         dataset = read_header(io.BytesIO(content), words.DECODE_TAGS, pixels=True)
         return dataset, PixelSource(dataset, len(content))
@@ -186,24 +208,43 @@ class _Conversion:
     def _held(self, shown: Sequence[NDArray[Any]], count: int, *, fine: bool = True) -> str:
         """Why the unit goes to the quarantine; a preview of it is left there."""
         settings, unit = self._settings, self._unit
-        reason = burned_in.suspicion(unit["burned_in"], unit["risky"])
         self._token = settings.key.token("object", self._digest.digest())
-        if self._token in settings.review.cleared:
-            return ""
         if self._token in settings.review.rejected:
             return "kept out by a person"
+        if self._token in settings.review.cleared:
+            reason = "" if self._boxes_fit(shown[0]) else "cleared with a box outside of the image"
+        else:
+            reason = self._suspicion(shown, fine=fine)
+        if reason:
+            self._preview = self._token
+            save_preview(settings.private, self._token, shown, reason, count, unit["patient"])
+        return reason
+
+    def _suspicion(self, shown: Sequence[NDArray[Any]], *, fine: bool) -> str:
+        """Why a person must look at the unit; ``""`` if nothing says so."""
+        settings, unit = self._settings, self._unit
+        later = bool(settings.deface) and to_be_defaced(unit["kind"], unit["head"], self._rule)
+        reason = burned_in.suspicion(
+            unit["burned_in"], unit["risky"], unit["recognizable"] and not later
+        )
         look = settings.detect is Detect.ALL or (settings.detect is Detect.RISKY and unit["risky"])
         if look and not reason:
             candidates = (shown[0], shown[len(shown) // 2], shown[-1]) if fine else shown
             if any(burned_in.count_words(image) for image in candidates[: len(shown)]):
                 reason = "text found in the pixels"
-        if reason:
-            save_preview(settings.private, self._token, shown, reason, count)
         return reason
+
+    def _boxes_fit(self, image: NDArray[Any]) -> bool:
+        """Whether every box lies in the image: else it was read off a picture of other size."""
+        rows, columns = image.shape[:2]
+        return all(
+            width and height and left + width <= columns and top + height <= rows
+            for left, top, width, height in self._boxes()
+        )
 
     def _redacted(self, shown: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
         """The images ``[rows, columns, …]`` with the boxes blackened that a person gave."""
-        boxes = self._settings.review.cleared.get(self._token, ())
+        boxes = self._boxes()
         if not boxes:
             return shown
         redacted = [image.copy() for image in shown]
@@ -211,6 +252,10 @@ class _Conversion:
             for image in redacted:
                 image[top : top + height, left : left + width] = image.min()
         return redacted
+
+    def _boxes(self) -> tuple[Box, ...]:
+        """Left, top, width, height of what a person wants blackened."""
+        return tuple(self._settings.review.cleared.get(self._token, ()))
 
     def _target(self, suffix: str) -> str:
         return f"images/{self._unit['patient']}/{self._unit['name']}{suffix}"

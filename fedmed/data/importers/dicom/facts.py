@@ -27,6 +27,7 @@ class Facts:
         reason: why it was skipped or is broken; one of a fixed set of phrases.
         patient, study, series, instance, frame_of_reference: pseudonyms, ``""`` if absent.
         patient_number: pseudonym of the hospital's patient number alone, for opt-out.
+        issuer: pseudonym of who gave out that number, ``""`` if the header does not say.
         accession: pseudonym of the accession number.
         rule: position of the selection rule that took the file.
         stack: values that must agree within one volume besides geometry (echo, b-value, …).
@@ -40,6 +41,8 @@ class Facts:
         localizer: a scout image.
         burned_in: ``YES``, ``NO`` or ``UNMARKED``.
         risky: a kind of image whose pixels often hold text.
+        head: a slice or volume that may show a face.
+        recognizable: marked as showing features by which a person can be recognised.
         number: instance number, to order frames without geometry.
         cells: ready manifest cells.
         references: series pseudonyms that a mask object refers to.
@@ -53,6 +56,7 @@ class Facts:
     instance: str = ""
     frame_of_reference: str = ""
     patient_number: str = ""
+    issuer: str = ""
     accession: str = ""
     rule: int = -1
     stack: str = ""
@@ -67,6 +71,8 @@ class Facts:
     localizer: bool = False
     burned_in: str = UNMARKED
     risky: bool = False
+    head: bool = False
+    recognizable: bool = False
     number: int = 0
     cells: dict[str, str] = field(default_factory=dict)
     references: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import hmac
 import os
 import re
 import secrets
+import unicodedata
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -42,6 +43,15 @@ class SiteKey:
         Spaces and NUL bytes around ``text`` play no part: DICOM pads with them (PS3.5, 6.2).
         """
         return self.token(kind, text.strip(" \0\t\r\n").encode("utf-8", "surrogatepass"))
+
+    def patient(self, number: str) -> str:
+        """Pseudonym of a patient number as `plain_number` reads it; ``""`` where nothing is left.
+
+        Two people who became one this way share one privacy budget and one opt-out; one person
+        who became two would have escaped both.
+        """
+        plain = plain_number(number)
+        return self.pseudonym("patient", plain) if plain else ""
 
     def token(self, kind: str, content: bytes) -> str:
         """As `pseudonym`, for bytes."""
@@ -113,6 +123,18 @@ def private_folder(path: Path) -> Path:
             "give another one with --private",
         ) from error
     return path
+
+
+def plain_number(number: str) -> str:
+    """A patient number without what differs between a scanner, a list and a spreadsheet.
+
+    Letters become capitals of one width (Unicode NFKC); white space and characters that nobody
+    sees are dropped, wherever they stand.
+    """
+    capitals = unicodedata.normalize("NFKC", number).upper()
+    return "".join(
+        c for c in capitals if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf")
+    )
 
 
 def age_band(age: str, birth: date | None = None, day: date | None = None) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from fedmed.data.files import unwritable
 from fedmed.data.importers.base import Draft, draft, is_import
@@ -18,16 +18,23 @@ from fedmed.data.importers.dicom import burned_in
 from fedmed.data.importers.dicom.archive import find_files
 from fedmed.data.importers.dicom.burned_in import Detect
 from fedmed.data.importers.dicom.convert import Settings
+from fedmed.data.importers.dicom.deface import check_rules, read_command
 from fedmed.data.importers.dicom.facts import BROKEN, SKIPPED
+from fedmed.data.importers.dicom.heads import Heads
 from fedmed.data.importers.dicom.identity import KEY_NAME, load_key, private_folder
 from fedmed.data.importers.dicom.labels import LabelTable, read_labels, read_optouts
-from fedmed.data.importers.dicom.link_masks import link_masks
+from fedmed.data.importers.dicom.link_masks import NIFTI, link_masks
+from fedmed.data.importers.dicom.lists import Matching, match_lists, own_list
 from fedmed.data.importers.dicom.options import DicomOptions, private_folder_of
 from fedmed.data.importers.dicom.plan import VOLUME, Unit, plan_units
 from fedmed.data.importers.dicom.pool import Pool, Task
-from fedmed.data.importers.dicom.quarantine import read_review, remove_decided
+from fedmed.data.importers.dicom.quarantine import (
+    read_review,
+    remove_decided,
+    remove_opted_out,
+)
 from fedmed.data.importers.dicom.rules import load_rules
-from fedmed.data.importers.dicom.stages import Progress, Stages
+from fedmed.data.importers.dicom.stages import Progress, Result, Stages
 from fedmed.data.importers.dicom.worker import setup_message
 from fedmed.data.importers.report import ImportReport, Outcome
 from fedmed.data.importers.staging import check_free
@@ -35,6 +42,8 @@ from fedmed.data.manifest import OPTOUT, read_optout
 from fedmed.errors import DataError
 
 _OPTED_OUT: Final = "patient opted out"
+_OTHER_IMAGE: Final = "object number of another file, with other pixels"
+_SHARED: Final = "identifier in the table of labels that two people share"
 
 
 def import_dicom(
@@ -57,6 +66,11 @@ def import_dicom(
         raise DataError(f"{src} does not exist", "check the path of the source")
     check_free(dst, is_import, options.overwrite)
     private = private_folder_of(dst, options.private)
+    _check_apart(src, dst, private)
+    rules = load_rules(options.rules)
+    deface = () if options.deface is None else read_command(options.deface)
+    if not deface:
+        check_rules(rules)
     key = load_key(private / KEY_NAME)
     private_folder(private)
     detect = options.detect if burned_in.detector() else Detect.OFF
@@ -72,11 +86,13 @@ def import_dicom(
         work=private_folder(work),
         private=private,
         key=key,
-        rules=load_rules(options.rules),
+        rules=rules,
         dates=options.dates,
         detect=detect,
         classes=options.classes,
         review=read_review(private),
+        deface=deface,
+        deface_seconds=options.deface_seconds,
     )
     setup = setup_message(settings, int(options.memory * (1 << 30)))
     with _only_one(work), Pool(setup, options.workers, options.seconds) as pool:
@@ -98,16 +114,25 @@ class _Import:
     progress: Progress
     counts: list[tuple[Outcome, str, int]] = field(default_factory=list)
     rows: list[dict[str, str]] = field(default_factory=list)
+    matching: Matching = field(default_factory=lambda: Matching((), frozenset()))
+    previews: set[str] = field(default_factory=set)  # left in the quarantine by this import
+    masks: set[str] = field(default_factory=set)  # of volumes that were kept
+    heads: Heads = field(default_factory=Heads)
 
     def run(self) -> ImportReport:
         table = read_labels(self.options, self.settings.key)
-        source_list = self.settings.source / OPTOUT
-        optout = self.options.optout or (source_list if source_list.is_file() else None)
-        gone = read_optouts(optout, self.settings.key) | read_optout(self.dst)
+        optout = self.options.optout or own_list(self.settings.source)
+        listed = read_optouts(optout, self.settings.key)
+        gone = listed | read_optout(self.dst)
+        remove_opted_out(self.settings.private, gone)
         found = find_files(self.src)
+        for outcome, reason in found.left:
+            self._count(outcome, reason)
         stages = Stages(self.settings, self.pool, self.progress)
+        scanned = stages.scan(found.files, gone)
+        self.matching = match_lists(scanned, listed, gone, table)
         sources = []
-        for source in stages.scan(found.files, gone):
+        for source in scanned:
             if source.facts.patient and source.facts.patient in gone:
                 self._count(Outcome.SKIPPED, _OPTED_OUT)
                 continue
@@ -115,6 +140,9 @@ class _Import:
                 self._count(Outcome(source.facts.kind), source.facts.reason)
             sources.append(source)
         plan = plan_units(sources, self.settings.rules)
+        same = stages.compare(plan.repeats)
+        self._count(Outcome.SKIPPED, "same object as another file", same)
+        self._count(Outcome.BROKEN, _OTHER_IMAGE, len(plan.repeats) - same)
         for _, reason in plan.skipped:
             self._count(Outcome.SKIPPED, reason)
         for _, reason in plan.broken:
@@ -122,25 +150,31 @@ class _Import:
         units, unused = link_masks(plan.units, sources, found.niftis, table, self.settings)
         for outcome, reason in unused:
             self._count(outcome, reason)
-        for unit, result in stages.convert(list(self._wanted(units, table))):
+        converted = stages.convert(list(self._wanted(units, table)))
+        for unit, result in self.heads.through(self.options, stages, converted):
             self._take(unit, result, table)
+        self._count_masks(units)
         with draft("dicom", self.src, self.dst, self.options) as site:
             return self._finish(site, gone, table)
 
     def _wanted(self, units: Iterable[Unit], table: LabelTable | None) -> Iterator[Unit]:
         for unit in units:
-            if table is not None and table.of(unit.facts) is None:
+            if table is not None and table.key(unit.facts) in self.matching.shared:
+                self._count(Outcome.SKIPPED, _SHARED, len(unit.sources))
+            elif table is not None and table.of(unit.facts) is None:
                 self._count(Outcome.SKIPPED, "not in the table of labels", len(unit.sources))
             elif self.options.require_mask and unit.kind == VOLUME and not unit.masks:
                 self._count(Outcome.SKIPPED, "volume without a mask", len(unit.sources))
             else:
                 yield unit
 
-    def _take(self, unit: Unit, result: dict[str, Any], table: LabelTable | None) -> None:
+    def _take(self, unit: Unit, result: Result, table: LabelTable | None) -> None:
         outcome = Outcome(result["outcome"])
         if outcome is not Outcome.KEPT:
             self._count(outcome, result["reason"], len(unit.sources))
+            self.previews.add(result.get("preview", ""))
             return
+        self.masks |= {mask.token for mask in unit.masks}
         what = "slice of a volume" if unit.kind == VOLUME else "image"
         self._count(outcome, what, len(unit.sources))
         facts = unit.facts
@@ -151,6 +185,14 @@ class _Import:
             if self.options.site_name:
                 cells["site"] = self.options.site_name
             self.rows.append({**cells, **given, **row})
+
+    def _count_masks(self, units: Iterable[Unit]) -> None:
+        """Each mask file of the source counts once, whatever became of its volume."""
+        for mask in {mask.token: mask for unit in units for mask in unit.masks}.values():
+            if mask.of_source and mask.token in self.masks:
+                self._count(Outcome.KEPT, "NIfTI used as mask" if mask.kind == NIFTI else "mask")
+            elif mask.of_source:
+                self._count(Outcome.SKIPPED, "mask of a volume that was not kept")
 
     def _finish(self, site: Draft, gone: frozenset[str], table: LabelTable | None) -> ImportReport:
         site.tally.source = "a DICOM archive"  # a folder's name may be a patient's
@@ -170,14 +212,14 @@ class _Import:
             for path in filter(None, (row["image"], row.get("mask"))):
                 target = site.folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                (self.settings.work / path).rename(target)
+                (self.settings.work / self.heads.places.get(path, path)).rename(target)
         if gone:
             with (site.folder / OPTOUT).open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([["patient_id"], *([one] for one in sorted(gone))])
             site.tally.notes.append(f"{len(gone)} patients are on the opt-out list")
         self._notes(site, table)
         report = site.finish(self.options, self.options.classes)
-        remove_decided(self.settings.private, self.settings.review)
+        remove_decided(self.settings.private, self.settings.review, frozenset(self.previews))
         os.sync()  # pixels were handed to the system without waiting for the disk
         return report
 
@@ -188,10 +230,13 @@ class _Import:
             notes.append("dates were moved back by a number of days of the patient's own")
         if self.options.detect is not Detect.OFF and self.settings.detect is Detect.OFF:
             notes.append("no text detector is installed: images marked as free of text were kept")
+        notes += [*self.matching.notes, *self.heads.notes()]
         for reason, count in sorted((table.faults if table else {}).items()):
             notes.append(f"{count} rows of the table of labels: {reason}")
 
     def _count(self, outcome: Outcome, reason: str, count: int = 1) -> None:
+        if not count:
+            return
         self.counts.append((outcome, reason, count))
 
 
@@ -211,13 +256,20 @@ def _check_splits(rows: list[dict[str, str]]) -> None:
             )
 
 
+def _check_apart(src: Path, dst: Path, private: Path) -> None:
+    """A second import of ``src`` must not find what the first one made."""
+    for made, remedy in ((dst, "import into another folder"), (private, "give another --private")):
+        if src.is_dir() and made.resolve().is_relative_to(src.resolve()):
+            raise DataError(f"{made} lies inside the source {src}", remedy)
+
+
 def _need_pydicom() -> None:
     try:
         import pydicom  # noqa: F401
     except ImportError as error:
         raise DataError(
             "reading DICOM needs pydicom, which is not installed",
-            "install fedmed-imaging[dicom]",
+            "install it with `uv sync --extra dicom`",
         ) from error
 
 

@@ -17,6 +17,8 @@ from fedmed.data.table import read_table
 from fedmed.errors import DataError
 
 _NUMBER: Final = re.compile(r"([0-9]{1,9})(\.0+)?")
+_AS_TEXT: Final = re.compile(r"""="([^"]*)"|'(.*)""")  # how spreadsheets keep leading zeros
+_NO_IDENTIFIER: Final = "row without identifier, or that does not fit the header"
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,12 @@ class LabelTable:
 
     def of(self, facts: Facts) -> dict[str, str] | None:
         """The row that belongs to a file, or None."""
+        return self.cells.get(self.key(facts))
+
+    def key(self, facts: Facts) -> str:
+        """Pseudonym of a file's identifier of the table's kind; ``""`` where it has none."""
         name = "patient_number" if self.keyed_by is KeyedBy.PATIENT else str(self.keyed_by)
-        return self.cells.get(getattr(facts, name))
+        return str(getattr(facts, name))
 
 
 def read_labels(options: DicomOptions, key: SiteKey) -> LabelTable | None:
@@ -68,9 +74,12 @@ def read_labels(options: DicomOptions, key: SiteKey) -> LabelTable | None:
     root = options.table.parent.resolve()
     for number, row in table:
         if row is None or not row[options.id_column]:
-            _count(faults, "row without identifier, or that does not fit the header")
+            _count(faults, _NO_IDENTIFIER)
             continue
-        name = key.pseudonym(str(options.keyed_by), row[options.id_column])
+        name = _pseudonym(key, options.keyed_by, row[options.id_column])
+        if not name:
+            _count(faults, _NO_IDENTIFIER)
+            continue
         try:
             found = _cells({n: row[c] for n, c in columns.items()}, options.classes, root)
         except ValueError as error:
@@ -97,10 +106,20 @@ def read_optouts(path: Path | None, key: SiteKey) -> frozenset[str]:
     column = header.index("patient_id")
     found = set()
     for number, cells in rows:
-        if len(cells) != len(header) or not cells[column].strip():
+        name = _pseudonym(key, KeyedBy.PATIENT, cells[column]) if len(cells) > column else ""
+        if len(cells) != len(header) or not name:
             raise DataError(f"{path.name} row {number}: no patient_id", "write one a line")
-        found.add(key.pseudonym("patient", cells[column]))
+        found.add(name)
     return frozenset(found)
+
+
+def _pseudonym(key: SiteKey, keyed_by: KeyedBy, cell: str) -> str:
+    """Of a cell as typed or as a spreadsheet writes it; ``""`` where it holds nothing."""
+    quoted = _AS_TEXT.fullmatch(cell.strip())
+    number = quoted[1] or quoted[2] or "" if quoted else cell
+    if keyed_by is KeyedBy.PATIENT:
+        return key.patient(number)
+    return key.pseudonym(str(keyed_by), number) if number.strip() else ""
 
 
 def _cells(row: dict[str, str], classes: tuple[str, ...], root: Path) -> dict[str, str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import os
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from fedmed.data.importers.dicom.facts import RTSTRUCT, SEG
 from fedmed.data.importers.dicom.labels import LabelTable
 from fedmed.data.importers.dicom.plan import VOLUME, Mask, Source, Unit
+from fedmed.data.importers.dicom.reading import stamp_of
 from fedmed.data.importers.report import Outcome
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def link_masks(
     lie in its folder, or to the one whose row in the table names it.
 
     Returns:
-        The units, and what became of each mask file.
+        The units, and what became of each mask file that none of them has.
     """
     by_series: dict[str, list[int]] = defaultdict(list)
     by_frame: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -55,35 +57,38 @@ def link_masks(
             found = by_frame.get((facts.patient, facts.frame_of_reference), [])
         if len(found) == 1 and units[found[0]].facts.patient == facts.patient:
             given[found[0]].append(Mask(facts.kind, source.path, source.token, source.stamp))
-            outcomes.append((Outcome.KEPT, "mask"))
         else:
             outcomes.append((Outcome.SKIPPED, "mask of no volume in the import"))
-    for path in niftis:
-        numbers = by_folder.get(_folder(path), set())
-        alone = len(numbers) == 1 and sum(_folder(p) == _folder(path) for p in niftis) == 1
-        named = table is not None and any("mask" in cells for cells in table.cells.values())
-        if alone and not named:
-            given[next(iter(numbers))].append(_nifti(path, settings))
-            outcomes.append((Outcome.KEPT, "mask"))
-        elif not named:
-            outcomes.append((Outcome.SKIPPED, "NIfTI file of no single volume"))
-    linked = []
-    for number, unit in enumerate(units):
-        masks = given.get(number, [])
-        cells = table.of(unit.facts) if table and unit.kind == VOLUME else None
-        if table and cells and cells.get("mask"):
-            masks = [*masks, _nifti(str(table.root / cells["mask"]), settings)]
-        linked.append(replace(unit, masks=tuple(masks)) if masks else unit)
+    beside = {settings.source / path for path in niftis}
+    taken: set[Path] = set()
+    if table is not None and any("mask" in cells for cells in table.cells.values()):
+        for number, unit in enumerate(units):
+            named = (table.of(unit.facts) or {}).get("mask") if unit.kind == VOLUME else None
+            if named:
+                file = table.root / named
+                given[number].append(_nifti(file, settings, of_source=file in beside))
+                taken.add(file)
+        reason = "NIfTI not named in the table of labels"
+    else:
+        files = Counter(_folder(path) for path in niftis)
+        for path in niftis:
+            numbers = by_folder.get(_folder(path), set())
+            if len(numbers) == 1 and files[_folder(path)] == 1:
+                given[next(iter(numbers))].append(_nifti(settings.source / path, settings))
+                taken.add(settings.source / path)
+        reason = "NIfTI file of no single volume"
+    outcomes += [(Outcome.SKIPPED, reason)] * len(beside - taken)
+    linked = [
+        replace(unit, masks=tuple(given[number])) if number in given else unit
+        for number, unit in enumerate(units)
+    ]
     return linked, outcomes
 
 
-def _nifti(path: str, settings: Settings) -> Mask:
-    file = settings.source / path
-    stamp = ""
-    if file.is_file():
-        status = file.stat()
-        stamp = f"{status.st_size}/{status.st_mtime_ns}"
-    return Mask(NIFTI, path, settings.key.token("path", str(file).encode()), stamp)
+def _nifti(file: Path, settings: Settings, *, of_source: bool = True) -> Mask:
+    stamp = stamp_of(file.stat()) if file.is_file() else ""
+    token = settings.key.token("path", os.fsencode(file))
+    return Mask(NIFTI, str(file), token, stamp, of_source)
 
 
 def _folder(path: str) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _OFF: Final = 0.05  # of a voxel: how far mask and image grids may differ
 _MOST_BYTES: Final = 1 << 29
 _MOST_LABEL: Final = 255
+_MOST_UNNAMED: Final = 32
 
 Bits = NDArray[np.bool_]
 
@@ -212,5 +213,8 @@ def _nifti(path: Path, classes: Sequence[str], volume: Volume) -> Iterator[tuple
         raise Unusable("mask on another grid than the image")
     if turned.max() > (len(classes) or _MOST_LABEL):
         raise Unusable("mask has a label outside the classes")
-    for label in np.unique(turned[turned > 0]):
+    found = np.unique(turned[turned > 0])
+    if not classes and len(found) > _MOST_UNNAMED:  # more likely an image than a mask
+        raise Unusable("mask with many labels (name the classes)")
+    for label in found:
         yield int(label), turned == label

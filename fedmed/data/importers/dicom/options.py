@@ -45,6 +45,9 @@ class DicomOptions(ImportOptions):
         workers: processes that read files.
         seconds: after which a file is taken for broken.
         memory: address space of a worker in GiB.
+        deface: command of the hospital's defacing tool with ``{input}`` and ``{output}``, run
+            for each head volume; None: none is defaced.
+        deface_seconds: after which such a run is taken for failed.
     """
 
     rules: Path | None = None
@@ -65,10 +68,17 @@ class DicomOptions(ImportOptions):
     workers: int = os.cpu_count() or 1
     seconds: float = 300.0
     memory: float = 4.0
+    deface: str | None = None
+    deface_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("workers", 1), ("seconds", 1), ("memory", 1)):
+        for name, least in (
+            ("workers", 1),
+            ("seconds", 1),
+            ("memory", 1),
+            ("deface_seconds", 1),
+        ):
             if getattr(self, name) < least:
                 raise DataError(
                     f"expected {name}={getattr(self, name)} >= {least}", f"give a larger {name}"

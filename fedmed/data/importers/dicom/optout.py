@@ -11,6 +11,7 @@ from fedmed.data.files import atomic_writer
 from fedmed.data.importers.dicom.identity import KEY_NAME, load_key
 from fedmed.data.importers.dicom.labels import read_optouts
 from fedmed.data.importers.dicom.options import private_folder_of
+from fedmed.data.importers.dicom.quarantine import remove_opted_out
 from fedmed.data.manifest import OPTOUT, read_manifest, read_optout
 
 
@@ -41,7 +42,8 @@ def add_optouts(site: Path, table: Path, private: Path | None = None) -> OptOutC
     Raises:
         DataError: the key or one of the tables cannot be read, or the folder not be written.
     """
-    key = load_key(private_folder_of(site, private) / KEY_NAME, make=False)
+    private = private_folder_of(site, private)
+    key = load_key(private / KEY_NAME, make=False)
     former = read_optout(site)
     gone = former | read_optouts(table, key)
     text = io.StringIO()
@@ -49,4 +51,5 @@ def add_optouts(site: Path, table: Path, private: Path | None = None) -> OptOutC
     patients = {record.patient_id for record in read_manifest(site).records}
     with atomic_writer(site / OPTOUT) as file:
         file.write(text.getvalue().encode())
+    remove_opted_out(private, gone)
     return OptOutChange(len(gone), len(gone - former), len(gone & patients))

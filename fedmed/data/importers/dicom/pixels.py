@@ -147,7 +147,7 @@ class PixelSource:
         allocated = int(self._dataset.get("BitsAllocated") or 16)
         stored = int(self._dataset.get("BitsStored") or allocated)
         high = int(self._dataset.get("HighBit") or stored - 1)
-        if array.ndim == 3 or stored >= array.dtype.itemsize * 8 or allocated == 1:
+        if stored >= array.dtype.itemsize * 8 or allocated == 1:
             return array.astype(array.dtype.newbyteorder("="), copy=False)
         signed = array.dtype.kind == "i"
         wide = array.astype(np.int64) >> max(high - stored + 1, 0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final
 
-from fedmed.data.importers.dicom.facts import IMAGE, YES, Facts
+from fedmed.data.importers.dicom.facts import IMAGE, NO, UNMARKED, YES, Facts
 from fedmed.data.importers.dicom.geometry import normal_of, same_plane, stack_slices
 from fedmed.data.importers.dicom.reading import Unusable
 from fedmed.data.importers.dicom.rules import Output, Rule, Rules
@@ -39,12 +39,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Mask:
-    """A file that holds a volume's mask: ``segmentation``, ``structures`` or ``nifti``."""
+    """A file that holds a volume's mask: ``segmentation``, ``structures`` or ``nifti``.
+
+    Attributes:
+        of_source: it is one of the source's files; else a table elsewhere names it.
+    """
 
     kind: str
     path: str = field(repr=False)
     token: str
     stamp: str
+    of_source: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,17 @@ class Unit:
         tokens = [s.facts.instance or s.token for s in self.sources]
         return hashlib.sha256("/".join(sorted(tokens)).encode()).hexdigest()[:32]
 
+    @property
+    def burned_in(self) -> str:
+        """``YES`` if any of its files is marked so, ``NO`` if all are marked so."""
+        marks = {source.facts.burned_in for source in self.sources}
+        return YES if YES in marks else NO if marks == {NO} else UNMARKED
+
+    @property
+    def head(self) -> bool:
+        """Whether any of its files may show a part of a face."""
+        return any(source.facts.head for source in self.sources)
+
     def identity(self, settings: str) -> str:
         """Changes with any file of the unit and with ``settings``: what the journal goes by."""
         files = [(s.token, s.stamp) for s in self.sources]
@@ -88,24 +104,29 @@ class Unit:
             "rule": self.rule,
             "name": self.name,
             "patient": facts.patient,
-            "paths": [source.path for source in self.sources],
+            "files": [[source.path, source.stamp] for source in self.sources],
             "enhanced": facts.enhanced,
             "series": facts.series,
-            "burned_in": YES
-            if any(s.facts.burned_in == YES for s in self.sources)
-            else facts.burned_in,
+            "burned_in": self.burned_in,
             "risky": any(s.facts.risky for s in self.sources),
+            "head": self.head,
+            "recognizable": any(s.facts.recognizable for s in self.sources),
             "masks": [[mask.kind, mask.path] for mask in self.masks],
         }
 
 
 @dataclass
 class Plan:
-    """Units to convert, and files that were left out, by reason."""
+    """Units to convert, and files that were left out, by reason.
+
+    Attributes:
+        repeats: a file that is taken, and another one with the same object number.
+    """
 
     units: list[Unit] = field(default_factory=list)
     skipped: list[tuple[Source, str]] = field(default_factory=list)
     broken: list[tuple[Source, str]] = field(default_factory=list)
+    repeats: list[tuple[Source, Source]] = field(default_factory=list)
 
 
 def plan_units(sources: Iterable[Source], rules: Rules) -> Plan:
@@ -116,15 +137,20 @@ def plan_units(sources: Iterable[Source], rules: Rules) -> Plan:
     """
     plan = Plan()
     series: dict[tuple[str, str, str, int], list[Source]] = defaultdict(list)
-    seen: set[str] = set()
-    for source in sources:
+    images = [source for source in sources if source.facts.kind == IMAGE]
+    owners: dict[str, set[str]] = defaultdict(set)
+    for source in images:
+        owners[source.facts.instance].add(source.facts.patient)
+    taken: dict[str, Source] = {}
+    for source in images:
         facts = source.facts
-        if facts.kind != IMAGE:
+        if facts.instance and len(owners[facts.instance]) > 1:
+            plan.broken.append((source, "object number that a file of another patient has too"))
             continue
-        if facts.instance and facts.instance in seen:
-            plan.skipped.append((source, "same object as another file"))
+        first = taken.setdefault(facts.instance, source)
+        if facts.instance and first is not source:
+            plan.repeats.append((first, source))
             continue
-        seen.add(facts.instance)
         series[(facts.patient, facts.study, facts.series, facts.rule)].append(source)
     for (_, _, _, number), files in series.items():
         for files_of_stack in _stacks(files):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_WORDS = {"scan": "reading headers", "convert": "converting"}
+_WORDS = {"scan": "reading headers", "convert": "converting", "deface": "defacing"}
 
 
 @contextmanager

@@ -47,12 +47,20 @@ class Review:
 
 
 def save_preview(
-    private: Path, token: str, shown: Sequence[NDArray[Any]], reason: str, frames: int
+    private: Path,
+    token: str,
+    shown: Sequence[NDArray[Any]],
+    reason: str,
+    frames: int,
+    patient: str,
 ) -> None:
     """Leave a picture of an object and a note beside it.
 
     Of several frames the brightest value at each place is shown, since text stays while the
     anatomy moves; the first and last frames stand beside it.
+
+    Args:
+        patient: pseudonym; the picture goes when that patient opts out.
     """
     from PIL import Image
 
@@ -67,18 +75,34 @@ def save_preview(
     with atomic_writer(folder / f"{token}.png", mode=0o600, durable=False) as file:
         file.write(raw.getbuffer())
     with atomic_writer(folder / f"{token}.json", mode=0o600, durable=False) as file:
-        file.write(json.dumps({"reason": reason, "frames": frames}).encode())
+        file.write(json.dumps({"reason": reason, "frames": frames, "patient": patient}).encode())
 
 
-def pending(private: Path) -> list[tuple[str, str, int]]:
-    """Token, reason and frames of every object with a preview, ordered by reason."""
+@dataclass(frozen=True)
+class Pending:
+    """An object with a preview.
+
+    Attributes:
+        row: its row in ``review.csv``, counted as a spreadsheet does (the header is row 1).
+        frames: of the object.
+    """
+
+    row: int
+    token: str
+    reason: str
+    frames: int
+
+
+def pending(private: Path) -> list[Pending]:
+    """Every object with a preview, in the order of the table."""
     found = []
     folder = private / QUARANTINE
     for note in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         if _TOKEN.fullmatch(note.stem) and note.with_suffix(".png").is_file():
             content = json.loads(note.read_text())
             found.append((note.stem, str(content["reason"]), int(content["frames"])))
-    return sorted(found, key=lambda item: (item[1], item[0]))
+    found.sort(key=lambda item: (item[1], item[0]))
+    return [Pending(row, *item) for row, item in enumerate(found, start=2)]
 
 
 def read_review(private: Path) -> Review:
@@ -122,7 +146,7 @@ def write_review(private: Path) -> int:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     undecided = 0
-    waiting = {token: (reason, frames) for token, reason, frames in pending(private)}
+    waiting = {one.token: (one.reason, one.frames) for one in pending(private)}
     decided = sorted((set(review.cleared) | review.rejected) - set(waiting))
     for token in [*waiting, *decided]:
         reason, frames = waiting.get(token, ("", ""))
@@ -153,8 +177,35 @@ def _gray(image: NDArray[Any]) -> NDArray[np.uint8]:
     return plain if plain.ndim == 2 else plain.max(axis=2)
 
 
-def remove_decided(private: Path, review: Review) -> None:
-    """Delete the previews of objects that were decided on: they may show a name."""
-    for token in {*review.cleared, *review.rejected}:
+def page_path(private: Path, number: int) -> Path:
+    """Where page ``number`` of the contact sheet lies."""
+    return private / f"review_{number:02d}.png"
+
+
+def remove_pages(private: Path) -> None:
+    """Delete the contact sheet's pages."""
+    for page in private.glob("review_*.png"):
+        page.unlink(missing_ok=True)
+
+
+def remove_decided(private: Path, review: Review, again: frozenset[str]) -> None:
+    """Delete the previews of objects that were decided on: they may show a name.
+
+    Args:
+        again: objects whose decision could not be followed.
+    """
+    _remove(private, {*review.cleared, *review.rejected} - again)
+
+
+def remove_opted_out(private: Path, gone: frozenset[str]) -> None:
+    """Delete the previews of patients who have opted out."""
+    notes = (private / QUARANTINE).glob("*.json")
+    _remove(private, {n.stem for n in notes if json.loads(n.read_text()).get("patient") in gone})
+
+
+def _remove(private: Path, tokens: set[str]) -> None:
+    if tokens:
+        remove_pages(private)
+    for token in tokens:
         for suffix in (".png", ".json"):
             (private / QUARANTINE / f"{token}{suffix}").unlink(missing_ok=True)

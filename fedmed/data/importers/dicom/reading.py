@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import zlib
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _MAGIC_AT: Final = 128
 _DEFLATED: Final = b"1.2.840.10008.1.2.1.99"
+LINK: Final = "link (not followed)"
 MOST_INFLATED: Final = 1 << 28  # bytes of a deflated data set
 
 
@@ -25,11 +27,12 @@ class Unusable(Exception):
         super().__init__(reason)
 
 
-def list_files(root: Path) -> Iterator[str]:
-    """Paths of all files under ``root``, relative to it, in a fixed order.
+def list_files(root: Path) -> Iterator[tuple[str, str]]:
+    """Paths of all entries under ``root``, relative to it, in a fixed order.
 
-    Links are not followed, hidden entries are left out. Folders that cannot be read raise
-    OSError: half an archive must not pass for a whole one.
+    Each comes with the reason why it is left out, ``""`` for a file to read: links are not
+    followed, and what is hidden is not looked into. Folders that cannot be read raise OSError:
+    half an archive must not pass for a whole one.
     """
     pending = [""]
     while pending:
@@ -39,13 +42,27 @@ def list_files(root: Path) -> Iterator[str]:
         below = []
         for entry in found:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_symlink():
+                yield path, LINK
+            elif entry.name.startswith("."):
+                yield path, "hidden file or folder"
+            elif entry.is_dir():
                 below.append(path)
-            elif entry.is_file(follow_symlinks=False):
-                yield path
+            else:
+                yield path, "" if entry.is_file() else "no regular file"
         pending.extend(reversed(below))
+
+
+def quiet() -> None:
+    """pydicom warns and logs with the values it stumbles over: nothing of that may be seen.
+
+    Its warnings are the caller's to ignore: the filter is not pydicom's alone.
+    """
+    import pydicom
+
+    logging.getLogger("pydicom").disabled = True
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    pydicom.config.INVALID_KEYWORD_BEHAVIOR = "IGNORE"
 
 
 def read_header(file: BinaryIO, tags: Sequence[str], *, pixels: bool = False) -> Dataset:
@@ -77,6 +94,11 @@ def read_header(file: BinaryIO, tags: Sequence[str], *, pixels: bool = False) ->
     except Exception as error:  # pydicom raises whatever a broken file makes it raise
         raise Unusable("not readable as DICOM") from error
     return dataset
+
+
+def stamp_of(status: os.stat_result) -> str:
+    """Size and time of change: the same while a file was not written to."""
+    return f"{status.st_size}/{status.st_mtime_ns}"
 
 
 def plain_numbers(value: object, count: int) -> tuple[float, ...]:

@@ -33,6 +33,14 @@ class Frames(StrEnum):
     MIDDLE = "middle"
 
 
+class Faces(StrEnum):
+    """Which volumes go through the hospital's defacing tool, where there is one."""
+
+    AUTO = "auto"  # those whose header tells of a head
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class Gaps(StrEnum):
     """What happens to a volume whose slices are not evenly spaced."""
 
@@ -59,6 +67,7 @@ class Rule:
         spacing: millimetres to resample to: two numbers (rows, columns) for PNG, three
             (columns, rows, slices) for volumes.
         gaps: ``refuse`` or ``fill``.
+        deface: ``auto``, ``always`` or ``never``: whether the series shows a head.
     """
 
     modality: tuple[str, ...] = ()
@@ -78,6 +87,7 @@ class Rule:
     window: tuple[float, ...] = ()
     spacing: tuple[float, ...] = ()
     gaps: Gaps = Gaps.REFUSE
+    deface: Faces = Faces.AUTO
 
     def takes(self, values: dict[str, str], description: str) -> bool:
         """Whether a file's own words fit; ``values`` by condition name."""
@@ -221,4 +231,9 @@ _NUMBERS: Final[dict[str, tuple[tuple[int, ...], bool]]] = {
     "window": ((2,), False),
     "spacing": ((2, 3), True),
 }
-_ENUMS: Final[dict[str, type[StrEnum]]] = {"output": Output, "frames": Frames, "gaps": Gaps}
+_ENUMS: Final[dict[str, type[StrEnum]]] = {
+    "output": Output,
+    "frames": Frames,
+    "gaps": Gaps,
+    "deface": Faces,
+}

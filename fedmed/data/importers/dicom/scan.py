@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
@@ -19,7 +20,12 @@ from fedmed.data.importers.dicom.facts import (
     broken,
     skipped,
 )
-from fedmed.data.importers.dicom.identity import SiteKey, age_band, parse_date
+from fedmed.data.importers.dicom.identity import (
+    SiteKey,
+    age_band,
+    parse_date,
+    plain_number,
+)
 from fedmed.data.importers.dicom.reading import Unusable, plain_numbers, read_header
 from fedmed.data.importers.dicom.rules import Rules
 
@@ -37,20 +43,26 @@ _NOT_IMAGES: Final = {  # start of the SOP class
 
 
 def scan_file(path: Path, key: SiteKey, rules: Rules, *, dates: bool) -> Facts:
-    """Facts of one file; never raises for what is in the file."""
+    """Facts of one file; never raises for what is in the file.
+
+    A file that is not taken tells whose it is all the same, where that can be read: once its
+    patient has opted out it is not opened again.
+    """
+    reader = None
     try:
         with path.open("rb") as file:
-            dataset = read_header(file, words.SCAN_TAGS)
-            return _Reader(dataset, key, rules, dates).facts(_left(file))
+            reader = _Reader(read_header(file, words.SCAN_TAGS), key, rules, dates)
+            return reader.facts(_left(file))
     except Unusable as error:
-        return skipped(str(error)) if error.skip else broken(str(error))
+        found = skipped(str(error)) if error.skip else broken(str(error))
     except OSError:
-        return broken("file cannot be read")
+        found = broken("file cannot be read")
     except MemoryError:
-        return broken("too large")
+        found = broken("too large")
     except Exception:
         # values of a wrong type or length: their text may hold a name, so it is dropped
-        return broken("malformed header")
+        found = broken("malformed header")
+    return replace(found, **reader.owner()) if reader else found
 
 
 class _Reader:
@@ -90,6 +102,7 @@ class _Reader:
             raise Unusable("localizer", skip=True)
         self._check_length(left)
         identity = self._identity()
+        recognizable = self.text("RecognizableVisualFeatures").upper() == YES
         colour = int(self._dataset.get("SamplesPerPixel") or 1) > 1
         return Facts(
             IMAGE,
@@ -104,10 +117,26 @@ class _Reader:
             burned_in=self._burned_in(),
             risky=modality in words.RISKY
             or not modality
+            or words.off_a_screen(image_type, self.text("ConversionType"))
             or sop_class.startswith(words.RISKY_CLASSES),
+            head=recognizable
+            or words.shows_head(
+                modality, described["body_part"], f"{self.text('BodyPartExamined')}\n{text}"
+            ),
+            recognizable=recognizable,
             number=self._whole("InstanceNumber"),
             cells=self._cells(described, identity["patient"]),
         )
+
+    def owner(self) -> dict[str, Any]:
+        """Whose file it is; a study belongs to one patient, so it stands in for a number."""
+        key, study = self._key, self.text("StudyInstanceUID")
+        number = key.patient(self.text("PatientID"))
+        return {
+            "patient": number or (key.pseudonym("study-as-patient", study) if study else ""),
+            "patient_number": number,
+            "study": key.pseudonym("study", study) if study else "",
+        }
 
     def text(self, name: str) -> str:
         """An attribute as text, several values joined by a backslash; ``""`` where absent."""
@@ -142,18 +171,15 @@ class _Reader:
 
     def _identity(self) -> dict[str, Any]:
         key = self._key
-        number, study = self.text("PatientID"), self.text("StudyInstanceUID")
+        owner = self.owner()
+        issuer = plain_number(self.text("IssuerOfPatientID"))
         series, instance = self.text("SeriesInstanceUID"), self.text("SOPInstanceUID")
-        if not number and not study:
+        if not owner["patient"]:
             raise Unusable("no patient or study identifier")
         accession, frame = self.text("AccessionNumber"), self.text("FrameOfReferenceUID")
         return {
-            # a study belongs to one patient, so it stands in where the number is missing
-            "patient": key.pseudonym("patient", number)
-            if number
-            else key.pseudonym("study-as-patient", study),
-            "patient_number": key.pseudonym("patient", number) if number else "",
-            "study": key.pseudonym("study", study) if study else "",
+            **owner,
+            "issuer": key.pseudonym("issuer", issuer) if issuer else "",
             "series": key.pseudonym("series", series) if series else "",
             "instance": key.pseudonym("instance", instance) if instance else "",
             "frame_of_reference": key.pseudonym("frame-of-reference", frame) if frame else "",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,9 +20,11 @@ from fedmed.data.importers.dicom.facts import Facts, broken
 from fedmed.data.importers.dicom.journal import Journal
 from fedmed.data.importers.dicom.plan import VOLUME, Source, Unit
 from fedmed.data.importers.dicom.pool import Pool, Task
+from fedmed.data.importers.dicom.reading import stamp_of
 from fedmed.data.importers.report import Outcome
 from fedmed.errors import DataError
 
+READING: Final = "2"  # raised when files are read otherwise: what a journal knows is read anew
 _SCAN_BATCH: Final = 64
 _CONVERT_BATCH: Final = 16
 
@@ -67,13 +70,25 @@ class Stages:
             known[tokens[path]] = entry
             journal.add(tokens[path], entry)
             self.progress("scan", len(facts), len(paths))
+        for path, found in by_study(facts, gone).items():
+            facts[path] = found
+            known[tokens[path]]["facts"] = found.to_dict()
         for entry in known.values():
-            patient = entry["facts"].get("patient", "")
-            if patient in gone:  # whose file it is, and nothing else; read anew if that changes
-                entry["facts"] = {"kind": entry["facts"]["kind"], "patient": patient}
+            if entry["facts"].get("patient", "") in gone:
+                # whose file it is, and nothing else; read anew if that changes
+                entry["facts"] = {
+                    name: entry["facts"][name]
+                    for name in ("kind", "patient", "study")
+                    if name in entry["facts"]
+                }
                 entry["settings"] = ""
         journal.rewrite(known.items())
         return [Source(path, tokens[path], stamps[path], facts[path]) for path in paths]
+
+    def compare(self, repeats: Sequence[tuple[Source, Source]]) -> int:
+        """How many pairs of files with one object number are one image twice."""
+        tasks = (Task(None, {"compare": [first.path, other.path]}) for first, other in repeats)
+        return sum(a["same"] for _, a in self.pool.run(tasks) if not isinstance(a, str))
 
     def convert(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
         """Each unit with its result; what a former run finished comes from the journal.
@@ -83,12 +98,7 @@ class Stages:
         """
         journal = Journal(self.settings.work / "done.jsonl")
         known = journal.read()
-        review = self.settings.review
-        digest = self._digest(
-            self.settings.rules.digest(),
-            json.dumps([self.settings.classes, self.settings.detect, review.cleared]),
-            json.dumps(sorted(review.rejected)),
-        )
+        digest = self._conversion()
         pending, done = [], 0
         for unit in units:
             result = known.get(unit.identity(digest))
@@ -106,6 +116,60 @@ class Stages:
                 yield unit, result
         finally:
             journal.flush()
+
+    def deface(
+        self, converted: Sequence[tuple[Unit, Result]], pool: Pool
+    ) -> Iterator[tuple[Unit, Result]]:
+        """Kept head volumes, each with the result of defacing it; ``files`` says where it lies.
+
+        Only what went well is noted: after a failure the tool may have been mended.
+
+        Args:
+            pool: of workers that may wait for the tool.
+
+        Raises:
+            DataError: the work folder cannot be written.
+        """
+        journal = Journal(self.settings.work / "defaced.jsonl")
+        known = journal.read()
+        digest = self._digest(self._conversion(), json.dumps(self.settings.deface))
+        pending, done = [], 0
+        for unit, result in converted:
+            former = known.get(unit.identity(digest))
+            if former is not None and self._still_there(former):
+                done += 1
+                yield unit, result | former
+            else:
+                pending.append((unit, result))
+        self.progress("deface", done, len(converted))
+        tasks = (Task((u, r), {"deface": [r["rows"][0]["image"]]}) for u, r in pending)
+        try:
+            for (unit, result), answer in pool.run(tasks):
+                if isinstance(answer, str):
+                    found = {
+                        "outcome": Outcome.QUARANTINED,
+                        "reason": f"head not defaced: {answer}",
+                    }
+                else:
+                    found = self._done(answer)[0]
+                if found["outcome"] == Outcome.KEPT:
+                    journal.add(unit.identity(digest), found)
+                    journal.flush()  # it may have taken minutes
+                done += 1
+                self.progress("deface", done, len(converted))
+                yield unit, result | found
+        finally:
+            journal.flush()
+
+    def _conversion(self) -> str:
+        """Changes with whatever a conversion depends on besides its files."""
+        review = self.settings.review
+        return self._digest(
+            self.settings.rules.digest(),
+            json.dumps([self.settings.classes, self.settings.detect, review.cleared]),
+            json.dumps(sorted(review.rejected)),
+            json.dumps(bool(self.settings.deface)),
+        )
 
     def _scanned(self, paths: list[str]) -> Iterator[tuple[str, Facts]]:
         batches = [paths[i : i + _SCAN_BATCH] for i in range(0, len(paths), _SCAN_BATCH)]
@@ -156,7 +220,24 @@ class Stages:
 
     def _digest(self, *parts: str) -> str:
         secret = self.settings.key.token("settings", b"")
-        return hashlib.sha256("\0".join((secret, *parts)).encode()).hexdigest()[:32]
+        return hashlib.sha256("\0".join((READING, secret, *parts)).encode()).hexdigest()[:32]
+
+
+def by_study(facts: Mapping[str, Facts], gone: frozenset[str]) -> dict[str, Facts]:
+    """Files without a patient number whose study has files of one patient: they are theirs too."""
+    owners: dict[str, set[str]] = defaultdict(set)
+    for found in facts.values():
+        if found.study and (found.patient_number or found.patient in gone):
+            owners[found.study].add(found.patient)
+    adopted = {}
+    for path, found in facts.items():
+        if len(owners.get(found.study, ())) == 1 and not found.patient_number:
+            (patient,) = owners[found.study]
+            if found.patient != patient:
+                # a moved date hangs on the patient: this one was moved by another's days
+                cells = {name: cell for name, cell in found.cells.items() if name != "study_date"}
+                adopted[path] = replace(found, patient=patient, patient_number=patient, cells=cells)
+    return adopted
 
 
 def _batches(units: list[Unit]) -> Iterator[list[Unit]]:
@@ -169,7 +250,6 @@ def _batches(units: list[Unit]) -> Iterator[list[Unit]]:
 
 def _stamp(path: Path) -> str:
     try:
-        status = path.stat()
+        return stamp_of(path.stat())
     except OSError:
         return ""
-    return f"{status.st_size}/{status.st_mtime_ns}"

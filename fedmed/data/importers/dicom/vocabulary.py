@@ -7,11 +7,13 @@ as a number, or as a word of the closed lists below. Defined terms are those of 
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 # Read to sort, select and hash; never copied.
 IDENTIFYING: Final = (
     "PatientID",
+    "IssuerOfPatientID",
     "StudyInstanceUID",
     "SeriesInstanceUID",
     "SOPInstanceUID",
@@ -28,6 +30,8 @@ DESCRIPTIVE: Final = (
     "Modality",
     "ImageType",
     "BurnedInAnnotation",
+    "RecognizableVisualFeatures",
+    "ConversionType",
     "PatientSex",
     "Manufacturer",
     "BodyPartExamined",
@@ -119,6 +123,8 @@ RISKY_CLASSES: Final = (
     "1.2.840.10008.5.1.4.1.1.12",  # angiography, fluoroscopy
     "1.2.840.10008.5.1.4.1.1.77.1",  # visible light
 )
+_CAPTURED: Final = re.compile("SCREEN|CAPTURE|REPORT|PROTOCOL|DOSE_INFO")
+_CONVERSIONS: Final = _set("DV DF SD SI DRW WSD")
 SEGMENTATION: Final = "1.2.840.10008.5.1.4.1.1.66.4"
 STRUCTURES: Final = "1.2.840.10008.5.1.4.1.1.481.3"
 DOSE: Final = "1.2.840.10008.5.1.4.1.1.481.2"
@@ -132,6 +138,14 @@ BODY_PARTS: Final = _set(
     "HEART HIP HUMERUS JAW KIDNEY KNEE LEG LIVER LSPINE LUNG MAXILLA NECK PANCREAS PELVIS PROSTATE "
     "RIB SACRUM SCAPULA SHOULDER SKULL SPINE SPLEEN STERNUM TESTIS THIGH THUMB THYROID TOE TSPINE "
     "UTERUS WHOLEBODY WRIST"
+)
+TOMOGRAPHIC: Final = frozenset(("CT", "MR", "PT"))
+HEAD_PARTS: Final = _set("BRAIN EYE HEAD HEADNECK JAW MAXILLA SKULL WHOLEBODY")
+# Searched where the header names no body part of the list; only whether it fits is kept.
+_HEAD_WORDS: Final = re.compile(
+    r"brain|\bhead|skull|crani|cereb|\bface|facial|orbit|sinus|sella|pituit|neuro|"
+    r"kopf|sch(ä|ae)del|hirn|t[eê]te|cr[aâ]ne|cervell|cabeza|cr[aá]neo",
+    re.IGNORECASE,
 )
 # Word in the Manufacturer attribute to the name that is written.
 MANUFACTURERS: Final = (
@@ -163,6 +177,28 @@ def manufacturer(text: str) -> str:
     """The maker's name from the closed list, or ``""``; never the text itself."""
     found = text.lower()
     return next((name for word, name in MANUFACTURERS if found.startswith(word)), "")
+
+
+def shows_head(modality: str, body_part: str, text: str) -> bool:
+    """Whether a slice may hold a part of a face.
+
+    Args:
+        body_part: a word of `BODY_PARTS` or ``""``.
+        text: what the header says in free text; it is looked at and dropped.
+    """
+    if modality not in TOMOGRAPHIC:
+        return False
+    return body_part in HEAD_PARTS or (not body_part and bool(_HEAD_WORDS.search(text)))
+
+
+def off_a_screen(image_type: str, conversion: str) -> bool:
+    """Whether an image is a picture of a screen, a film or a page, whatever its modality says.
+
+    Args:
+        conversion: ConversionType (PS3.3, C.8.6.1): digitised video, film or document, drawing,
+            workstation.
+    """
+    return bool(_CAPTURED.search(image_type)) or conversion.upper() in _CONVERSIONS
 
 
 def word(text: str, allowed: frozenset[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import resource
 import sys
@@ -13,25 +12,17 @@ from typing import Any, BinaryIO
 
 from fedmed.data.importers.dicom.burned_in import Detect
 from fedmed.data.importers.dicom.convert import Settings, convert
+from fedmed.data.importers.dicom.deface import deface
 from fedmed.data.importers.dicom.identity import SiteKey
 from fedmed.data.importers.dicom.quarantine import Review
+from fedmed.data.importers.dicom.reading import quiet
+from fedmed.data.importers.dicom.repeats import same_image
 from fedmed.data.importers.dicom.rules import Rules
 from fedmed.data.importers.dicom.scan import scan_file
 
 
-def quiet() -> None:
-    """pydicom warns and logs with the values it stumbles over: nothing of that may be seen."""
-    import pydicom
-
-    warnings.simplefilter("ignore")
-    logging.getLogger("pydicom").disabled = True
-    settings = pydicom.config.settings
-    settings.reading_validation_mode = pydicom.config.IGNORE
-    pydicom.config.INVALID_KEYWORD_BEHAVIOR = "IGNORE"
-
-
 def setup_message(settings: Settings, memory: int) -> dict[str, Any]:
-    """What `serve` needs first; ``memory`` is the limit of address space in bytes."""
+    """What `serve` needs first; ``memory`` is the limit of address space in bytes; 0: none."""
     return {
         "source": str(settings.source),
         "work": str(settings.work),
@@ -43,6 +34,8 @@ def setup_message(settings: Settings, memory: int) -> dict[str, Any]:
         "classes": settings.classes,
         "cleared": settings.review.cleared,
         "rejected": sorted(settings.review.rejected),
+        "deface": settings.deface,
+        "deface_seconds": settings.deface_seconds,
         "memory": memory,
     }
 
@@ -59,18 +52,26 @@ def read_setup(message: dict[str, Any]) -> Settings:
         detect=Detect(message["detect"]),
         classes=tuple(message["classes"]),
         review=Review(message["cleared"], frozenset(message["rejected"])),
+        deface=tuple(message["deface"]),
+        deface_seconds=message["deface_seconds"],
     )
 
 
 def answer(message: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """``scan`` with paths gives facts; ``convert`` with units gives their outcomes."""
+    """``scan`` with paths gives facts, ``compare`` with two paths whether they are one image;
+    ``convert`` with units, ``deface`` with paths of volumes give their outcomes."""
     if "scan" in message:
         found = [
             scan_file(settings.source / path, settings.key, settings.rules, dates=settings.dates)
             for path in message["scan"]
         ]
         return {"facts": [facts.to_dict() for facts in found]}
+    if "compare" in message:
+        first, other = message["compare"]
+        return {"same": same_image(first, other, settings)}
     try:
+        if "deface" in message:
+            return {"done": [deface(path, settings) for path in message["deface"]]}
         return {"done": [convert(unit, settings) for unit in message["convert"]]}
     except OSError as error:
         return {"fatal": error.strerror or type(error).__name__}
@@ -80,8 +81,10 @@ def serve(lines: BinaryIO, out: BinaryIO) -> None:
     """Answer until the other end closes."""
     setup = json.loads(lines.readline())
     limit = setup["memory"]
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if limit:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no memory image with names in it
+    warnings.simplefilter("ignore")
     quiet()
     settings = read_setup(setup)
     for line in lines:
