@@ -1,14 +1,25 @@
-"""SHA-256 of what passes by, computed beside it."""
+"""SHA-256 of files, and of what passes by, computed beside it."""
 
 from __future__ import annotations
 
 import hashlib
 import queue
 import threading
+from pathlib import Path
 from typing import Final
 
 _INLINE: Final = 1 << 22  # bytes below which a thread costs more than it saves
 _AHEAD: Final = 4  # pieces; of every transfer that is under way
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class PassingHash:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import save as save_tensors
 
 from fedmed import __version__
 from fedmed.audit.log import AuditLog
-from fedmed.codec import encode, plain
+from fedmed.codec import encode
 from fedmed.config.compose import load, to_yaml
 from fedmed.evaluation.evidence import (
     Calibration,
@@ -33,7 +32,8 @@ from fedmed.evaluation.evidence import (
 )
 from fedmed.experiment.plan import model_spec, task_spec
 from fedmed.models.factory import build_model
-from fedmed.release.build import make_release
+from fedmed.models.facts import ModelFacts
+from fedmed.release.build import make_release, read_candidate
 from fedmed.release.criteria import Criteria, Demands
 from fedmed.release.signatures import add_signature
 from fedmed.release.verify import check_files
@@ -120,13 +120,10 @@ def make_run(folder: Path, overrides: tuple[str, ...] = BINARY, **evidence: Any)
     config = load([*overrides, f"paths.output_dir={folder}"])
     task, model = task_spec(config), model_spec(config)
     network = build_model(model, task, seed=3)
-    facts = {
-        "task": plain(task), "model": plain(model), "dp": False, "personal": [],
-        "synthetic": True, "version": __version__,
-    }  # fmt: skip
+    facts = ModelFacts(task, model, dp=False, personal=(), synthetic=True, version=__version__)
     weights = save_tensors(
         {k: v.contiguous() for k, v in network.state_dict().items()},
-        {"fedmed": json.dumps(facts, sort_keys=True)},
+        facts.metadata(),
     )
     evidence = {"task": str(task.kind), "classes": task.classes, **evidence}
     found = small_evidence(hashlib.sha256(weights).hexdigest(), **evidence)
@@ -183,7 +180,7 @@ def sign(release: Path, signers: Signers, people: tuple[tuple[str, str], ...] = 
 
 
 def make_signed(folder: Path, signers: Signers, run: Path) -> Path:
-    make_release(run, folder, CRITERIA)
+    make_release(read_candidate(run), folder, CRITERIA)
     sign(folder, signers)
     return folder
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -131,9 +130,14 @@ def update_content(task: TaskStatement, arrays: PackedArrays, path: Path) -> Wri
 def figures_content(plan: StudyPlan, task: TaskStatement, path: Path) -> Written:
     """The sums of a site which follow from its name, without noise."""
     rng = np.random.default_rng([*task.site.encode()])
-    shape = (len(plan.summaries), math.prod(plan.summaries[0].shape[:-2]), 4)
-    bins = rng.integers(10, 90, shape)
-    sums = np.repeat(bins[:, :, None, :], 2, axis=2).reshape(-1).astype(np.int64)
+    parts = []
+    for entry in plan.summaries:
+        if len(entry.shape) == 1:  # numbers of patients
+            parts.append(np.full(entry.shape, 50))
+            continue
+        bins = rng.integers(10, 90, (*entry.shape[:-2], entry.shape[-1]))
+        parts.append(np.repeat(bins[..., None, :], 2, axis=-2))
+    sums = np.concatenate([p.reshape(-1) for p in parts]).astype(np.int64)
     facts = EvaluationUpdate(task.run, task.round, task.site, PackedArrays((), {}), None, 10, 4)
     records = {"config": {"evaluation": encode(facts, skip=frozenset({"arrays"}))}}
     return save_arrays(path, {BUFFER: sums}, {"records": json.dumps(records)})

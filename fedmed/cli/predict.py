@@ -36,7 +36,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )  # fmt: skip
     verb.add_argument(
         "--intensity", choices=("none", "unit", "zscore", "percentile"),
-        help="with --research-use: preparation, where no config.yaml lies beside the weights",
+        help="with --research-use: preparation, where neither config.yaml nor plan.json lies "
+        "beside the weights",
     )  # fmt: skip
     verb.add_argument(
         "--spacing", metavar="MM", type=float, nargs=3, help="likewise, voxel size of volumes"

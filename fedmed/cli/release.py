@@ -102,15 +102,15 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Show the findings; make the release where all passed."""
-    from fedmed.evaluation.evidencefile import read_evidence
-    from fedmed.release.build import make_release
+    from fedmed.release.build import make_release, read_candidate
     from fedmed.release.criteria import check
 
     criteria = _criteria(args.criteria)
-    findings = check(read_evidence(args.run), criteria)
+    candidate = read_candidate(args.run)
+    findings = check(candidate.evidence, criteria)
     passed = all(f.passed for f in findings)
     if passed and args.out is not None:
-        make_release(args.run, args.out, criteria, args.name)
+        make_release(candidate, args.out, criteria, args.name)
     if args.json:
         from fedmed.codec import plain
 

@@ -27,7 +27,7 @@ from fedmed.config.schema import Config
 from fedmed.errors import ConfigError
 
 # mappings whose keys are checked by their owners
-_FREE = ("model.params", "strategy.params", "data.source.options")
+_FREE = ("model.params", "strategy.params", "data.source.options", "evaluation.groups")
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 _DP_KEYS = ("privacy.target_epsilon=", "privacy.noise_multiplier=")
 

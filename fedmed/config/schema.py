@@ -146,9 +146,19 @@ class EvaluationConfig:
     figures: bool = False
     splits: list[str] = field(default_factory=lambda: ["val", "test"])
     target_epsilon: float | None = None  # None: without noise
-    bins: int | None = None  # None: 32 with noise, 32768 without
+    bins: int | None = None  # None: 32 with noise, 32768 without, 4096 with groups
     span: float | None = None  # None: 4 with noise, 16 without
     max_images_per_unit: int = 1
+    groups: dict[str, Any] = field(default_factory=dict)  # column: [values]
+
+
+@dataclass
+class CardConfig:
+    """Who answers for the model, as the card shows it; None: not stated."""
+
+    developer: str | None = None
+    funder: str | None = None
+    contact: str | None = None
 
 
 @dataclass
@@ -223,6 +233,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    card: CardConfig = field(default_factory=CardConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     site: SiteConfig = field(default_factory=SiteConfig)

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Final
 
 from fedmed import __version__
-from fedmed.codec import plain
-from fedmed.data.files import sha256_file
 from fedmed.evaluation.evidence import Guarantee, RunFacts, Source, SourceKind
 from fedmed.evaluation.evidencefile import write_evidence
+from fedmed.evaluation.summary_answers import NOT_TOLD
 from fedmed.federation.files import save_arrays, write_atomic
 from fedmed.federation.state import ServerState
 from fedmed.federation.study import StudyPlan
-from fedmed.federation.told import NOT_TOLD, read_evaluation, told_evidence
+from fedmed.federation.told import read_evaluation, told_evidence
+from fedmed.hashing import sha256_file
+from fedmed.models.facts import ModelFacts
 from fedmed.types import PackedArrays
 
 MODEL: Final = "model.safetensors"
+PLAN: Final = "plan.json"
+"""A copy of the study's plan: the run's folder says what its model is."""
 _NOT_ASKED: Final = Source(
     SourceKind.WITHHELD,
     "Not shown: no site told figures of its images. The study's plan has to ask for them "
@@ -34,7 +37,7 @@ _LIMITS: Final = (
 def write_result(
     folder: Path, run: str, plan: StudyPlan, state: ServerState, spent: Mapping[str, float | None]
 ) -> None:
-    """Write weights, summary and evidence of a run whose last round is over.
+    """Write plan, weights, summary and evidence of a run whose last round is over.
 
     Args:
         folder: of the run.
@@ -44,6 +47,7 @@ def write_result(
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
     """
+    write_atomic(folder / PLAN, plan.document().encode())
     _write_model(folder, plan, state.released)
     summary = {
         "study": plan.study,
@@ -93,18 +97,14 @@ def _facts(
         ),
         distance_unit="voxels",
         fedmed=__version__,
+        responsible=plan.responsible,
     )
 
 
 def _write_model(folder: Path, plan: StudyPlan, arrays: PackedArrays) -> None:
     """The weights by name, as a simulation writes them."""
-    facts = {
-        "task": plain(plan.task),
-        "model": plain(plan.model),
-        "dp": plan.dp is not None,
-        "personal": plain(plan.personal),
-        "synthetic": False,
-        "version": plan.fedmed,
-    }
+    facts = ModelFacts(
+        plan.task, plan.model, plan.dp is not None, plan.personal, False, plan.fedmed
+    )
     tensors = {e.name: arrays.tensor(e) for e in arrays.table}
-    save_arrays(folder / MODEL, tensors, {"fedmed": json.dumps(facts, sort_keys=True)})
+    save_arrays(folder / MODEL, tensors, facts.metadata())

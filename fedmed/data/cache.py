@@ -22,7 +22,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fedmed.data.files import sha256_file, unwritable
+from fedmed.data.files import unwritable
+from fedmed.hashing import sha256_file
 
 MEMORY_LIMIT = 2 * 1024**3
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fedmed.data.files import sha256_file
 from fedmed.data.images import (
     read_image,
     read_mask,
@@ -31,6 +30,7 @@ from fedmed.data.manifest import (
 from fedmed.data.privacy_check import check_privacy, is_dicom_import
 from fedmed.data.targets import target_fault, task_column, with_target
 from fedmed.errors import DataError
+from fedmed.hashing import sha256_file
 from fedmed.types import Split, TaskKind, TaskSpec
 
 WORKERS = 2

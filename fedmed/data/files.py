@@ -1,8 +1,7 @@
-"""A site folder's files: written whole or not at all, and their hashes."""
+"""A site folder's files: written whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +32,3 @@ def unwritable(folder: Path, error: OSError) -> DataError:
         f"cannot write to {folder} ({reason})",
         "free space there, or choose another folder",
     )
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.data.cache import DiskCache, Item, Layout, MemoryCache, Prepared, collect
-from fedmed.data.files import sha256_file
 from fedmed.data.images import (
     RawImage,
     UnreadableImageError,
@@ -28,6 +27,7 @@ from fedmed.data.images import (
 from fedmed.data.manifest import MANIFEST, ImageRecord
 from fedmed.data.spec import PrepSpec
 from fedmed.errors import DataError
+from fedmed.hashing import sha256_file
 from fedmed.types import TaskKind, TaskSpec
 
 # Part of every cache key: raise it when preparation gives other numbers for the same file.

@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.data.files import atomic_writer, sha256_file
+from fedmed.data.files import atomic_writer
 from fedmed.data.importers.splits import assign_splits, strata_of
 from fedmed.data.importers.staging import staged_folder
 from fedmed.data.manifest import MANIFEST, NO_FINDING, SYNTHETIC, TASK_COLUMNS, write_manifest
 from fedmed.data.phantom import DECOY, LESIONS, ORGANS, Anatomy, Lesion, Scanner
 from fedmed.errors import ConfigError
+from fedmed.hashing import sha256_file
 from fedmed.types import TaskKind, TaskSpec
 
 NOTICE = (

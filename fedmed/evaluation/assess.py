@@ -21,8 +21,9 @@ from fedmed.evaluation.evidence import (
     Performance,
     Subgroups,
 )
+from fedmed.evaluation.gaps import Demands
 from fedmed.evaluation.records import Predictions
-from fedmed.evaluation.subgroups import Demands, assess_subgroups
+from fedmed.evaluation.subgroups import assess_subgroups
 from fedmed.evaluation.thresholds import operating_points
 from fedmed.types import TaskKind, TaskSpec
 

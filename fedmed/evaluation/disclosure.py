@@ -41,6 +41,12 @@ def patient_band(patients: int) -> str:
     return f"{_SIZES[-1]} or more"
 
 
+def at_least(patients: int) -> str:
+    """Coarse lower bound of a number of patients, ``100 or more``; empty below the smallest."""
+    reached = [size for size in _SIZES if size <= patients]
+    return f"{reached[-1]} or more" if reached else ""
+
+
 def suppressed(
     patients: NDArray[np.int64], values: Sequence[str | None], min_cell: int = MIN_CELL
 ) -> frozenset[str]:

@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from fedmed.errors import ConfigError
+
 FORMAT: Final = 1
 LEVEL: Final = 0.95
 """Confidence level of every interval."""
+NOT_STATED: Final = "not stated"
+_LONGEST: Final = 300  # characters of a statement
 
 
 class SourceKind(StrEnum):
@@ -237,6 +241,26 @@ class Guarantee:
 
 
 @dataclass(frozen=True)
+class Responsible:
+    """Who answers for the model, as the study says it; nobody has checked it.
+
+    Raises:
+        ConfigError: a text that does not fit on a line.
+    """
+
+    developer: str = NOT_STATED
+    funder: str = NOT_STATED
+    contact: str = NOT_STATED
+
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            if not (text.strip() and text.isprintable() and len(text) <= _LONGEST):
+                raise ConfigError(
+                    f"card.{name} is no line of text", f"write 1 to {_LONGEST} characters"
+                )
+
+
+@dataclass(frozen=True)
 class RunFacts:
     """What was trained: public facts of the configuration."""
 
@@ -254,6 +278,7 @@ class RunFacts:
     guarantees: tuple[Guarantee, ...]
     distance_unit: str
     fedmed: str
+    responsible: Responsible = field(default_factory=Responsible)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from fedmed.codec import decode, plain
-from fedmed.data.files import sha256_file
 from fedmed.errors import CheckpointError, ConfigError, DataError
 from fedmed.evaluation.evidence import FORMAT, Evidence
 from fedmed.files import atomic_writer
+from fedmed.hashing import sha256_file
 
 FOLDER: Final = "evidence"
 EVIDENCE: Final = f"{FOLDER}/evidence.json"

@@ -88,31 +88,6 @@ def hausdorff95(
     return float(max(np.percentile(d, PERCENTILE) for d in distances))
 
 
-def surface_dice(
-    predicted: NDArray[np.bool_],
-    reference: NDArray[np.bool_],
-    spacing: Sequence[float],
-    tolerance: float,
-) -> float:
-    """Share of both surfaces that lies within ``tolerance`` of the other (Nikolov et al. 2021,
-    "Clinically Applicable Segmentation of Head and Neck Anatomy", methods), counted in surface
-    voxels.
-
-    Args:
-        predicted: mask ``[*S]``.
-        reference: mask ``[*S]``.
-        spacing: voxel size along each axis.
-        tolerance: in the unit of the spacing, at least 0.
-
-    Returns:
-        A value in [0, 1]: 0 where one mask is empty, NaN where both are.
-    """
-    if not predicted.any() and not reference.any():
-        return float("nan")
-    distances = surface_distances(predicted, reference, spacing)
-    return _within(distances, tolerance)
-
-
 def surface_distances(
     predicted: NDArray[np.bool_], reference: NDArray[np.bool_], spacing: Sequence[float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -137,7 +112,10 @@ def surface_distances(
 
 
 def _within(distances: Sequence[NDArray[np.float64]], tolerance: float) -> float:
-    """Share of the distances that are within the tolerance; 0 of none."""
+    """Surface Dice: share of both surfaces' voxels within the tolerance of the other; 0 of none.
+
+    Nikolov et al. 2021, "Clinically Applicable Segmentation of Head and Neck Anatomy", methods.
+    """
     together = np.concatenate(distances)
     return float((together <= tolerance).mean()) if together.size else 0.0
 

@@ -1,21 +1,17 @@
 """How groups of patients fare, and whether a difference between them can be told from chance.
 
-Each value of a column is set against all other patients, both under the same resamples. Many
-comparisons are made, so each is allowed an equal part of one false alarm in fifty studies
-(Bonferroni), however many columns there are. Ends of such intervals lie further out than 2,000
-resamples can show: they come from the resamples' standard error and Student's t, with as many
-degrees of freedom as Welch (1947) gives to the patients that both sides rest on.
+Each value of a column is set against all other patients, both under the same resamples. Their
+standard error has as many degrees of freedom as Welch (1947) gives to the patients that both
+sides rest on; what may be said of it is for :mod:`fedmed.evaluation.gaps`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from fedmed.evaluation.bootstrap import (
     RESAMPLES,
@@ -28,37 +24,12 @@ from fedmed.evaluation.bootstrap import (
     mean_of,
 )
 from fedmed.evaluation.cases import Cases
-from fedmed.evaluation.disclosure import HIDDEN, MIN_CELL, patient_band, suppressed
+from fedmed.evaluation.disclosure import HIDDEN, patient_band, suppressed
 from fedmed.evaluation.estimates import columns, statistics, strata
-from fedmed.evaluation.evidence import LEVEL, Figure, Gap, Performance, Subgroups, Verdict
+from fedmed.evaluation.evidence import Gap, Performance, Subgroups
+from fedmed.evaluation.gaps import Demands, Difference, can_judge, compared, judge, undecidable
 from fedmed.evaluation.records import Predictions
 from fedmed.types import TaskKind, TaskSpec
-
-CLASSIFICATION: Final = ("auroc", "sensitivity", "specificity")
-SEGMENTATION: Final = ("dice",)
-FAMILY_ERROR: Final = 0.02
-"""Chance of any false alarm in a study without gaps.
-
-Below the usual 5 %: of a hundred studies without gaps five at most are to be flagged, not five on
-average.
-"""
-
-
-@dataclass(frozen=True)
-class Demands:
-    """What a comparison needs before anything is said about it.
-
-    Attributes:
-        min_cell: groups of fewer patients are not shown at all.
-        min_patients: fewest patients on either side.
-        min_class: fewest patients with and without the finding on either side.
-        margin: largest difference that counts as none.
-    """
-
-    min_cell: int = MIN_CELL
-    min_patients: int = 30
-    min_class: int = 10
-    margin: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -123,38 +94,25 @@ def assess_subgroups(
             for k, name in enumerate(groups)
         }
         judged.append((column, bands, sides, drawn))
-    compared = [
-        gap
+    number = sum(
+        _testable(drawn.get(f"gap {name}/{metric}"))
         for _, _, sides, drawn in judged
         for name in sides
-        for metric in _headline(task)
-        if (gap := drawn.get(f"gap {name}/{metric}")) is not None and _testable(gap)
-    ]
+        for metric in compared(task)
+    )
     return tuple(
         Subgroups(
             column,
             tuple(_performance(name, band, sides, drawn, source) for name, band in bands.items()),
             tuple(
-                _gap(
-                    metric,
-                    name,
-                    drawn.get(f"gap {name}/{metric}"),
-                    min(side.patients for side in pair),
-                    len(compared),
-                    demands,
-                    source,
-                )
+                _gap(metric, name, drawn.get(f"gap {name}/{metric}"), pair, number, demands, source)
                 for name, pair in sides.items()
                 if pair[1].patients
-                for metric in _headline(task)
+                for metric in compared(task)
             ),
         )
         for column, bands, sides, drawn in judged
     )
-
-
-def _headline(task: TaskSpec) -> tuple[str, ...]:
-    return SEGMENTATION if task.kind is TaskKind.SEGMENTATION else CLASSIFICATION
 
 
 def _side(
@@ -191,7 +149,7 @@ def _draws(
         classes = _comparable(group, others, task, demands)
         if not classes:
             continue
-        for metric in _headline(task):
+        for metric in compared(task):
             keys = (
                 (metric,)
                 if task.kind is TaskKind.BINARY
@@ -239,8 +197,8 @@ def _counts(cases: Cases, task: TaskSpec) -> list[int]:
     ]
 
 
-def _testable(gap: Draws) -> bool:
-    return bool(np.isfinite(gap.value) and gap.error() > 0)
+def _testable(gap: Draws | None) -> bool:
+    return gap is not None and can_judge(gap.value, gap.error())
 
 
 def _performance(
@@ -260,30 +218,13 @@ def _gap(
     metric: str,
     group: str,
     gap: Draws | None,
-    patients: int,
+    pair: tuple[_Side, ...],
     comparisons: int,
     demands: Demands,
     source: str,
 ) -> Gap:
     if gap is None or not _testable(gap):
-        note = (
-            f"fewer than {demands.min_patients} patients, or {demands.min_class} with and "
-            "without a finding, here or among the others"
-        )
-        nothing = Figure(None, source, note=note)
-        return Gap(metric, group, nothing, None, None, Verdict.INSUFFICIENT)
-    value, error = gap.value, gap.error()
-    freedom = min(len(gap.draws), gap.units or patients) - 1
-    plain, adjusted = (
-        error * float(stats.t.isf(tail / 2, freedom))
-        for tail in (1 - LEVEL, FAMILY_ERROR / comparisons)
-    )
-    low, high = value - adjusted, value + adjusted
-    if max(-low, high) <= demands.margin:
-        verdict = Verdict.SIMILAR
-    elif low > 0 or high < 0:
-        verdict = Verdict.GAP
-    else:
-        verdict = Verdict.UNDECIDED
-    difference = Figure(value, source, max(-1.0, value - plain), min(1.0, value + plain))
-    return Gap(metric, group, difference, max(-1.0, low), min(1.0, high), verdict)
+        return undecidable(metric, group, demands, source)
+    units = gap.units or min(side.patients for side in pair)
+    difference = Difference(gap.value, gap.error(), min(len(gap.draws), units) - 1)
+    return judge(metric, group, difference, comparisons, demands.margin, source)

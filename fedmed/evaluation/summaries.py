@@ -14,7 +14,7 @@ and the merged summary equals the summary of all images together, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,6 +35,8 @@ SUMS: Final = (
 """Columns of a segmentation summary: voxels (three), fixed point (two), images (two)."""
 BOUNDED: Final = ("dice", "dice_squares", "defined")
 """The columns that noise is added to; sums of voxels would need more noise than they hold."""
+COLUMN: Final[Mapping[str, int]] = {name: i for i, name in enumerate(SUMS)}
+"""Where each of :data:`SUMS` stands."""
 _MOST_BINS: Final = 1 << 16
 
 
@@ -159,26 +161,40 @@ def told_together(bins: Counts, ends: Sequence[int]) -> Counts:
     return told
 
 
-def enough_patients(bins: Counts, patients: NDArray[np.int64], floor: int) -> list[int]:
+def enough_patients(
+    bins: Counts,
+    patients: NDArray[np.int64],
+    floor: int,
+    parts: NDArray[np.int64] | None = None,
+    among: Sequence[int] | None = None,
+) -> list[int]:
     """Ends of the narrowest cells, from the lowest bin on, that hold ``floor`` patients each.
 
     Args:
         bins: ``[N]`` bin of each image.
         patients: ``[N]`` numbers.
+        parts: ``[N]``: the images are told part by part in the same cells, and each part must
+            have its ``floor`` patients in each of them. None: they are one part.
+        among: bins that a cell may end with; None: any.
 
     Returns:
         Nothing where there are fewer patients in all; what is left over joins the last cell.
     """
     ends: list[int] = []
     order = np.argsort(bins, kind="stable")
-    sorted_bins, owners = bins[order].tolist(), patients[order].tolist()
-    seen: set[int] = set()
-    for position, (bin_, patient) in enumerate(zip(sorted_bins, owners, strict=True)):
-        seen.add(patient)
-        whole = position + 1 == len(sorted_bins) or sorted_bins[position + 1] != bin_
-        if whole and len(seen) >= floor:
+    parts = np.zeros(len(bins), np.int64) if parts is None else parts
+    allowed = None if among is None else set(among)
+    present = np.unique(parts).tolist()
+    seen: dict[int, set[int]] = {part: set() for part in present}
+    columns = (bins[order].tolist(), patients[order].tolist(), parts[order].tolist())
+    for position, (bin_, patient, part) in enumerate(zip(*columns, strict=True)):
+        seen[part].add(patient)
+        if position + 1 < len(order) and columns[0][position + 1] == bin_:
+            continue
+        fits = allowed is None or bin_ in allowed
+        if fits and all(len(own) >= floor for own in seen.values()):
             ends.append(bin_)
-            seen = set()
+            seen = {part: set() for part in present}
     return ends
 
 
@@ -205,6 +221,20 @@ def cells_of(told: Counts) -> NDArray[np.int64]:
     low, high = (np.argwhere(told[:, :, end]) for end in (0, 1))
     counts = told[:, :, 0][tuple(low.T)]
     return np.concatenate([low, high[:, 2:], counts[:, None]], axis=1)
+
+
+def is_told(told: Counts, task: TaskSpec) -> bool:
+    """Whether a site can have told this summary: cells that begin, end and do not overlap."""
+    if task.kind is TaskKind.SEGMENTATION:
+        defined, dice, squares = (told[:, COLUMN[n]] for n in ("defined", *BOUNDED[:2]))
+        return bool((squares <= dice).all() and (dice <= SCALE * defined.astype(float)).all())
+    low, high = (np.argwhere(told[:, :, end]) for end in (0, 1))
+    if not np.array_equal(low[:, :2], high[:, :2]) or (low[:, 2] > high[:, 2]).any():
+        return False
+    along = (low[1:, :2] == low[:-1, :2]).all(axis=1)
+    apart = low[1:, 2] > high[:-1, 2]
+    same = told[:, :, 0][tuple(low.T)] == told[:, :, 1][tuple(high.T)]
+    return bool((apart | ~along).all() and same.all())
 
 
 def _image_sums(predicted: NDArray[Any], reference: NDArray[Any], classes: int) -> Counts:

@@ -3,8 +3,8 @@
 An interval adds three uncertainties: of the sample (Hanley and McNeil 1982 for AUROC; Agresti and
 Coull 1998 for shares; a Poisson resampling of the counts for the rest), of the noise, whose
 variance in each cell is public (drawn again many times on top of the told counts), and of the
-bins (the metric's bound, added at both ends as it is). Images are taken as independent; where
-each patient may count with m images, the sample is taken to be m times smaller.
+bins (the metric's bound, added at both ends as it is). The sample is taken to be as many times
+smaller as a patient counts with images: at most with noise, on average without.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from fedmed.evaluation.summaries import (
     merge,
     targets_of,
 )
+from fedmed.evaluation.summary_answers import Answer, images_per_patient
 from fedmed.evaluation.summary_metrics import Amounts, Bounded, Decisions
 from fedmed.evaluation.summary_noise import noise_of
-from fedmed.types import DPSpec, TaskKind, TaskSpec
+from fedmed.types import TaskKind, TaskSpec
 
 DRAWS: Final = 200
 """Times that noise and counts are drawn again."""
@@ -50,24 +51,13 @@ class Told:
     Attributes:
         bound: most by which bins and fixed point can have moved the value.
         noise: standard deviation that the mechanism's noise gives it.
+        error: standard error, of sample and noise; None where it is not known.
     """
 
     figure: Figure
     bound: float = 0.0
     noise: float = 0.0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one site told of one split.
-
-    Attributes:
-        told: its summary.
-        mechanism: of the noise in it; None without.
-    """
-
-    told: Counts
-    mechanism: DPSpec | None
+    error: float | None = None
 
 
 def figures(
@@ -109,8 +99,8 @@ def told_figures(
     """
     rng = np.random.default_rng(seed)
     merged = merge([a.told for a in answers])
-    cluster = max(a.mechanism.max_images_per_unit if a.mechanism else 1 for a in answers)
-    noise = [noise_of(a.told, task, a.mechanism) for a in answers]
+    cluster = images_per_patient(answers, task)
+    noise = [noise_of(a.told, task, a.mechanism, a.tables) for a in answers]
     cells = np.empty((0, 5), np.int64)
     if task.kind is not TaskKind.SEGMENTATION:
         cells = np.concatenate([cells_of(a.told) for a in answers])
@@ -148,7 +138,7 @@ class _Cells:
 
     def __init__(
         self, counts: Counts, cells: Counts, variance: NDArray[np.float64], grid: Grid,
-        cluster: int, rng: np.random.Generator,
+        cluster: float, rng: np.random.Generator,
     ) -> None:  # fmt: skip
         self.counts, self.grid, self.cluster = counts, grid, cluster
         self.noisy = bool((variance > 0).any())
@@ -236,10 +226,12 @@ def _share(cells: _Cells, decided: Decisions, name: str, threshold: float, sourc
     # Agresti and Coull: two successes and two failures more
     size = max(of, 0.0) + 4
     middle = (bounded.value * max(of, 0.0) + 2) / size
-    half = _Z * math.sqrt(middle * (1 - middle) / size + noise**2) + bounded.bound
+    error = math.sqrt(middle * (1 - middle) / size + noise**2)
+    half = _Z * error + bounded.bound
     low, high = max(0.0, middle - half), min(1.0, middle + half)
     value = min(max(bounded.value, 0.0), 1.0)
-    return Told(Figure(value, source, min(low, value), max(high, value)), bounded.bound, noise)
+    figure = Figure(value, source, min(low, value), max(high, value))
+    return Told(figure, bounded.bound, noise, error)
 
 
 def _resampled(cells: _Cells, metric: Callable[[Amounts, Grid], Bounded], source: str) -> Told:
@@ -252,11 +244,12 @@ def _told(bounded: Bounded, sample: float, noise: float, source: str) -> Told:
     if bounded.value is None:
         return Told(Figure(None, source, note=_NOTHING))
     value = min(max(bounded.value, 0.0), 1.0)
-    half = _Z * math.hypot(sample, noise) + bounded.bound
+    error = math.hypot(sample, noise)
+    half = _Z * error + bounded.bound
     if not math.isfinite(half):
         return Told(Figure(value, source, note="no interval: too few counts"), bounded.bound)
     low, high = max(0.0, value - half), min(1.0, value + half)
-    return Told(Figure(value, source, low, high), bounded.bound, noise)
+    return Told(Figure(value, source, low, high), bounded.bound, noise, error)
 
 
 def _hanley_mcneil(area: float | None, positives: float, negatives: float) -> float:
@@ -271,7 +264,7 @@ def _hanley_mcneil(area: float | None, positives: float, negatives: float) -> fl
 
 
 def _structure(
-    sums: Counts, variance: NDArray[np.float64], source: str, cluster: int
+    sums: Counts, variance: NDArray[np.float64], source: str, cluster: float
 ) -> dict[str, Told]:
     mean = metrics.mean_dice(sums)
     if mean.value is None:
@@ -297,6 +290,7 @@ def _mean(parts: list[Told], source: str) -> Told:
     if not known:
         return Told(Figure(None, source, note=_NOTHING))
     values = [p.figure.value for p in known if p.figure.value is not None]
+    errors = [p.error for p in known if p.error is not None]
     lows = [p.figure.low for p in known if p.figure.low is not None]
     highs = [p.figure.high for p in known if p.figure.high is not None]
     whole = len(lows) == len(highs) == len(known)
@@ -310,4 +304,5 @@ def _mean(parts: list[Told], source: str) -> Told:
         ),
         float(np.mean([p.bound for p in known])),
         float(np.mean([p.noise for p in known])),
+        float(np.mean(errors)) if len(errors) == len(known) else None,
     )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.evaluation.summaries import (
+    COLUMN,
     SCALE,
     SUMS,
     Counts,
@@ -22,23 +23,31 @@ from fedmed.evaluation.summaries import (
     summarise,
     told_together,
 )
+from fedmed.evaluation.summary_groups import few
 from fedmed.evaluation.summary_noise import UNIT, noise_std
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.release import add_noise
 from fedmed.types import DPSpec, TaskKind, TaskSpec
 
-_COLUMN = {name: i for i, name in enumerate(SUMS)}
-
 
 def tell_noisy(
-    sums: Counts, task: TaskSpec, grid: Grid, spec: DPSpec, floor: int, generator: SecureGenerator
+    sums: Counts,
+    task: TaskSpec,
+    grid: Grid,
+    spec: DPSpec,
+    floor: int,
+    generator: SecureGenerator,
+    tables: int = 1,
 ) -> Counts:
     """A summary with noise, in the shape that it had.
 
     Every bin of every target, or every bounded sum, gets its own noise, whatever was counted;
     nothing private is looked at afterwards.
+
+    Args:
+        tables: summaries that one image is counted in, see :func:`noise_std`.
     """
-    std = noise_std(task, spec)
+    std = noise_std(task, spec, tables)
     if task.kind is TaskKind.SEGMENTATION:
         unit = np.array([UNIT.get(name, 0) for name in SUMS])
         noisy = add_noise(sums, std * unit, generator)
@@ -51,13 +60,10 @@ def tell_noisy(
     return told
 
 
-"""The most that one image adds to a column that noise is added to."""
-
-
 def _possible(noisy: Counts, floor: int) -> Counts:
     """Sums of Dice that as many images can have; rows under the floor left out."""
     found = noisy.copy()
-    defined, dice, squares = (_COLUMN[n] for n in ("defined", "dice", "dice_squares"))
+    defined, dice, squares = (COLUMN[n] for n in ("defined", "dice", "dice_squares"))
     found[:, dice] = np.clip(noisy[:, dice], 0, SCALE * noisy[:, defined].clip(0))
     found[:, squares] = np.clip(noisy[:, squares], 0, found[:, dice])
     found[noisy[:, defined] < floor] = 0
@@ -78,7 +84,7 @@ def tell_exact(
         return _told_sums(summarise(parts, task, grid), parts, patients, floor)
     told = np.zeros(shape_of(task, grid), np.int64)
     member = parts >= grid.bins
-    hidden = np.array([_few(patients[m], floor) or _few(patients[~m], floor) for m in member.T])
+    hidden = np.array([few(patients[m], floor) or few(patients[~m], floor) for m in member.T])
     if task.kind is TaskKind.MULTICLASS:
         hidden = _hide_more(hidden, member, patients, floor)
     for target in np.flatnonzero(~hidden):
@@ -89,11 +95,6 @@ def tell_exact(
             counts = np.bincount(bins, minlength=grid.bins).astype(np.int64)
             told[target, side] = told_together(counts, ends)
     return told
-
-
-def _few(patients: NDArray[np.int64], floor: int) -> bool:
-    """Whether there is somebody, and not enough of them."""
-    return 0 < len(np.unique(patients)) < floor
 
 
 def _hide_more(
@@ -117,11 +118,11 @@ def _hide_more(
 def _told_sums(sums: Counts, parts: Counts, patients: NDArray[np.int64], floor: int) -> Counts:
     """Structures that enough patients have; the number of all images only where the patients
     without a structure are none or enough, too."""
-    defined = parts[:, :, _COLUMN["defined"]] > 0
+    defined = parts[:, :, COLUMN["defined"]] > 0
     found = sums.copy()
     for index, has in enumerate(defined.T):
-        if _few(patients[has], floor):
+        if few(patients[has], floor):
             found[index] = 0
-        if _few(patients[~has], floor):
-            found[:, _COLUMN["images"]] = 0
+        if few(patients[~has], floor):
+            found[:, COLUMN["images"]] = 0
     return found

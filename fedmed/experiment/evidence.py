@@ -29,9 +29,10 @@ from fedmed.evaluation.evidence import (
     SourceKind,
 )
 from fedmed.evaluation.evidencefile import EVIDENCE, FOLDER, write_evidence
+from fedmed.evaluation.summary_answers import NOT_TOLD
 from fedmed.experiment.finished import CONFIG, FinishedRun
+from fedmed.experiment.plan import responsible
 from fedmed.experiment.rivals import Rivals
-from fedmed.federation.policy import public_size
 from fedmed.federation.told import read_evaluation, told_evidence
 from fedmed.types import PrivacyUnit, Split, TaskKind
 
@@ -164,6 +165,10 @@ def data_source(run: FinishedRun, published: str | None) -> Source:
 
 def _cases(run: FinishedRun, split: Split, columns: Sequence[str] | None) -> Cases:
     hospitals = {hospital.name: hospital for hospital in run.hospitals}
+    if gone := set(run.sites) - set(hospitals):
+        raise DataError(
+            f"the images of {', '.join(sorted(gone))} are gone since the run", "restore them"
+        )
     parts = ((site, network, hospitals[site].split(split)) for site, network in run.networks())
     return answer(parts, run.task.task, run.task.loss, columns=columns)
 
@@ -199,18 +204,17 @@ def _facts(run: FinishedRun) -> RunFacts:
         ),
         distance_unit=summary.distance_unit,
         fedmed=__version__,
+        responsible=responsible(run.config),
     )
 
 
 def _training_patients(run: FinishedRun) -> dict[str, str]:
-    """Bands, from the declared public size where the cohort is protected."""
-    bands = {}
-    for hospital in run.hospitals:
-        units = hospital.cohort(PrivacyUnit.PATIENT).units
-        if run.task.dp is not None:
-            units = run.config.site.cohort_size or public_size(units)
-        bands[hospital.name] = patient_band(units)
-    return bands
+    """Bands; of the public size, or not told, where the cohort is protected."""
+    if run.task.dp is None:
+        counts = {h.name: h.cohort(PrivacyUnit.PATIENT).units for h in run.hospitals}
+        return {site: patient_band(n) for site, n in counts.items()}
+    declared = {site: run.declared_patients(site) for site in run.summary.privacy}
+    return {site: NOT_TOLD if n is None else patient_band(n) for site, n in declared.items()}
 
 
 def _limits(run: FinishedRun, val: Cases | None) -> tuple[str, ...]:

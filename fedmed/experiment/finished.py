@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 
 from fedmed.config.compose import load_file as load_config
 from fedmed.config.schema import Config
-from fedmed.data.files import sha256_file
 from fedmed.data.site import SiteData
 from fedmed.errors import CheckpointError
 from fedmed.experiment.plan import train_task
 from fedmed.experiment.sites import load_hospitals
 from fedmed.federation.site_state import SiteState
+from fedmed.hashing import sha256_file
+from fedmed.privacy.ledger import Ledger
 from fedmed.report.runfolder import read_summary
 from fedmed.report.summary import Summary
 from fedmed.training.arrays import put_personal
 from fedmed.training.build import build
 from fedmed.training.trainer import pick_device
-from fedmed.types import TrainTask
+from fedmed.types import PrivacyUnit, TrainTask
 
 CONFIG = "config.yaml"
 MODEL = "model.safetensors"
@@ -47,14 +48,13 @@ class FinishedRun:
     task: TrainTask
     run_id: str
     device: torch.device
-    hospitals: tuple[SiteData, ...] = field(repr=False)
 
     @classmethod
     def open(cls, folder: Path, device: str = "auto") -> FinishedRun:
-        """Read a run folder and its hospitals' images.
+        """Read a run folder; no image is opened.
 
         Raises:
-            UsageError: the folder holds no finished run, or its images are gone.
+            UsageError: the folder holds no finished run.
         """
         summary = read_summary(folder)
         config = load_config(folder / CONFIG)
@@ -71,13 +71,41 @@ class FinishedRun:
             task=train_task(config, run_id),
             run_id=run_id,
             device=pick_device(device),
-            hospitals=load_hospitals(config),
         )
 
     @property
     def local(self) -> bool:
         """Whether each site trained a network of its own."""
         return self.config.mode == "local"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the hospitals that a network was trained for."""
+        return tuple(s for s in self.summary.privacy if self._model_file(s).exists())
+
+    @cached_property
+    def hospitals(self) -> tuple[SiteData, ...]:
+        """The hospitals' images, opened when they are first asked for.
+
+        Raises:
+            UsageError: they are gone.
+        """
+        return load_hospitals(self.config)
+
+    def declared_patients(self, site: str) -> int | None:
+        """The public size of a site's cohort: what its rules or its ledger say, None if neither.
+
+        With differential privacy this is what may be told of it, whatever lies there by now.
+
+        Raises:
+            LedgerError: the ledger cannot be read.
+        """
+        if self.config.site.cohort_size is not None:
+            return self.config.site.cohort_size
+        path = self.folder / "sites" / site / "ledger.db"
+        return (
+            Ledger(path).declared_size(f"{site}/{PrivacyUnit.PATIENT}") if path.exists() else None
+        )
 
     @cached_property
     def model_sha256(self) -> str:
@@ -97,13 +125,10 @@ class FinishedRun:
             CheckpointError: a weights file is missing or of another network.
         """
         model = self._empty()
-        for hospital in self.hospitals:
-            path = self._model_file(hospital.name)
-            if not path.exists():
-                continue  # a site that could not finish alone has no network
-            self._load(model, path)
-            put_personal(model, self._personal(hospital.name))
-            yield hospital.name, model
+        for site in self.sites:
+            self._load(model, self._model_file(site))
+            put_personal(model, self._personal(site))
+            yield site, model
 
     def shared(self) -> nn.Module:
         """The network that all sites have in common, without any personal tensors.
@@ -134,8 +159,8 @@ class FinishedRun:
         return self.folder / "local" / site / MODEL if self.local else self.folder / MODEL
 
     def _model_files(self) -> list[Path]:
-        paths = [self._model_file(h.name) for h in self.hospitals] if self.local else []
-        paths = [p for p in paths if p.exists()] or [self.folder / MODEL]
+        paths = [self._model_file(s) for s in self.sites] if self.local else []
+        paths = paths or [self.folder / MODEL]
         if not paths[0].exists():
             raise CheckpointError(f"{paths[0]} does not exist", "resume the run to write it anew")
         return paths

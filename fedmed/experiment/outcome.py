@@ -10,7 +10,6 @@ from pathlib import Path
 from safetensors.torch import save as save_tensors
 
 from fedmed import __version__
-from fedmed.codec import plain
 from fedmed.config.schema import Config
 from fedmed.data.site import SiteData
 from fedmed.evaluation.records import Evaluation
@@ -18,6 +17,7 @@ from fedmed.experiment.sites import Leg
 from fedmed.experiment.watch import Judge
 from fedmed.federation.files import write_atomic
 from fedmed.federation.state import ServerState
+from fedmed.models.facts import ModelFacts
 from fedmed.report.runfolder import GLOBAL, MetricsLog, read_metrics, write_summary
 from fedmed.report.summary import SitePrivacy, Summary
 from fedmed.types import Split, TrainTask
@@ -102,18 +102,11 @@ def _privacy(task: TrainTask, legs: Sequence[Leg]) -> dict[str, SitePrivacy]:
 def _save_model(judge: Judge, task: TrainTask, finished: Finished, *, synthetic: bool) -> None:
     """The leg's own weights; tensors that stayed at sites have their initial values."""
     model = judge.network(finished.leg, finished.state.released, None)
-    # one key: the format keeps several in no fixed order, and equal weights should give
-    # equal files
-    facts = {
-        "task": plain(task.task),
-        "model": plain(task.model),
-        "dp": task.dp is not None,
-        "personal": plain(task.personal),
-        "synthetic": synthetic,
-        "version": __version__,
-    }
+    facts = ModelFacts(
+        task.task, task.model, task.dp is not None, task.personal, synthetic, __version__
+    )
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    content = save_tensors(tensors, {"fedmed": json.dumps(facts, sort_keys=True)})
+    content = save_tensors(tensors, facts.metadata())
     write_atomic(finished.leg.folder / "model.safetensors", content)
 
 

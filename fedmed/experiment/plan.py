@@ -12,6 +12,8 @@ from typing import Any
 from fedmed.config.schema import Config
 from fedmed.data.spec import PartitionSpec, PrepSpec
 from fedmed.errors import ConfigError
+from fedmed.evaluation.evidence import Responsible
+from fedmed.evaluation.groups import GroupColumn
 from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.policy import SitePolicy
 from fedmed.federation.summary_table import grid_of
@@ -109,7 +111,10 @@ def evaluation_request(config: Config) -> EvaluationRequest | None:
     asked = config.evaluation
     if not asked.figures:
         return None
-    bins, span = (32768, 16.0) if asked.target_epsilon is None else (32, 4.0)
+    groups = tuple(_group_column(column, values) for column, values in asked.groups.items())
+    bins, span = (4096 if groups else 32768, 16.0)
+    if asked.target_epsilon is not None:
+        bins, span = (32, 4.0)
     request = EvaluationRequest(
         splits=tuple(Split(one_of("evaluation.splits", s, tuple(Split))) for s in asked.splits),
         target_epsilon=asked.target_epsilon,
@@ -117,6 +122,7 @@ def evaluation_request(config: Config) -> EvaluationRequest | None:
         span=span if asked.span is None else asked.span,
         max_images_per_unit=asked.max_images_per_unit,
         delta=config.privacy.delta,
+        groups=groups,
     )
     grid_of(request)
     for key, value, only in (
@@ -130,6 +136,20 @@ def evaluation_request(config: Config) -> EvaluationRequest | None:
                 f"use {key}={only}, or evaluation.figures=false",
             )
     return request
+
+
+def _group_column(column: str, values: Any) -> GroupColumn:
+    if not isinstance(values, list) or not all(type(v) in (str, int) for v in values):
+        raise ConfigError(
+            f"evaluation.groups.{column} is no list of values", f'write {{{column}: ["a", "b"]}}'
+        )
+    return GroupColumn(column, tuple(str(v) for v in values))
+
+
+def responsible(config: Config) -> Responsible:
+    """Who answers for the model."""
+    stated = {name: text for name, text in vars(config.card).items() if text is not None}
+    return Responsible(**stated)
 
 
 def dp_request(config: Config) -> DPRequest | None:

@@ -114,8 +114,7 @@ class Rivals:
 
     def _of_sites(self, other: FinishedRun) -> Cases:
         """The run's own cases of the sites that the other run has a network for."""
-        able = {site for site, _ in other.networks()}
-        return self.test.take(np.flatnonzero([site in able for site in self.test.sites]))
+        return self.test.take(np.flatnonzero(np.isin(self.test.sites, other.sites)))
 
     def _answers(self, run: FinishedRun, networks: Iterator[tuple[str, nn.Module]]) -> Cases:
         hospitals = {hospital.name: hospital for hospital in self.run.hospitals}

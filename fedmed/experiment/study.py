@@ -11,7 +11,7 @@ from fedmed import __version__
 from fedmed.config.schema import Config
 from fedmed.errors import ConfigError
 from fedmed.experiment.checks import check_settings, check_shared
-from fedmed.experiment.plan import evaluation_request, train_task
+from fedmed.experiment.plan import evaluation_request, responsible, train_task
 from fedmed.federation.strategies import make_strategy
 from fedmed.federation.study import FORMAT, Preparation, StudyPlan
 from fedmed.federation.validation import squared_norm
@@ -85,6 +85,7 @@ def make_plan(
         ema_decay=federation.ema_decay,
         weights=weights,
         evaluation=evaluation_request(config),
+        responsible=responsible(config),
     )  # fmt: skip
     return plan, arrays
 

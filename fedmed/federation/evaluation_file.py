@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -12,19 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.codec import plain
-from fedmed.evaluation.evidence import Figure, Source, SourceKind
-from fedmed.evaluation.summaries import Counts, Grid, merge, targets_of
+from fedmed.evaluation.evidence import Figure, Source, SourceKind, Subgroups
+from fedmed.evaluation.summaries import Grid, merge, targets_of
+from fedmed.evaluation.summary_answers import Answer, patients_shown
 from fedmed.evaluation.summary_figures import (
     DEFAULT_THRESHOLD,
-    Answer,
     Told,
     choose_threshold,
     told_figures,
 )
+from fedmed.evaluation.told_groups import Column, told_subgroups
 from fedmed.federation.evaluation_round import EvaluationReport
 from fedmed.federation.evaluation_task import EvaluationRequest, EvaluationUpdate
 from fedmed.federation.files import save_arrays, write_atomic
-from fedmed.federation.summary_table import grid_of, unpack_summaries
+from fedmed.federation.summary_table import SplitSums, Summary, grid_of, unpack_summaries
 from fedmed.types import DPSpec, Split, TaskKind, TaskSpec
 
 FORMAT: Final = 1
@@ -63,6 +64,8 @@ class EvaluationFile:
         sources: what figures rest on, by the key they name: ``pooled`` and each site.
         figures: by split, then by ``pooled`` and site, then by metric.
         failures: reason code and line of sites that told nothing.
+        patients: by split, then by ``pooled`` and site: how many there are at least, in words.
+        subgroups: of all sites' test images together, where groups are asked for.
     """
 
     format: int
@@ -75,6 +78,8 @@ class EvaluationFile:
     sources: Mapping[str, Source]
     figures: Mapping[str, Mapping[str, Mapping[str, Told]]]
     failures: Mapping[str, tuple[str, str]]
+    patients: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    subgroups: tuple[Subgroups, ...] = ()
 
 
 def write_evaluation(folder: Path, report: EvaluationReport) -> str:
@@ -88,8 +93,8 @@ def write_evaluation(folder: Path, report: EvaluationReport) -> str:
     """
     arrays: dict[str, NDArray[np.generic]] = {}
     for update in report.updates:
-        for split, counts in unpack_summaries(update.arrays).items():
-            arrays[f"{split}/{update.site}"] = counts
+        for entry in update.arrays.table:
+            arrays[f"{update.site}/{entry.name}"] = update.arrays.tensor(entry)
     written = save_arrays(folder / SUMS, arrays, {})
     content = json.dumps(plain(evaluation_of(report)), indent=1, sort_keys=True, allow_nan=False)
     write_atomic(folder / NAME, (content + "\n").encode())
@@ -100,7 +105,7 @@ def evaluation_of(report: EvaluationReport) -> EvaluationFile:
     """Add up what sites told, and read the figures from the sums."""
     task, request = report.task.training.task, report.task.request
     grid = grid_of(request)
-    told = {u.site: unpack_summaries(u.arrays) for u in report.updates}
+    told = {u.site: unpack_summaries(u.arrays, request) for u in report.updates}
     mechanisms = {u.site: u.released for u in report.updates}
     thresholds = _thresholds(task, request, grid, list(told.values()))
     values = {t: f.value for t, f in thresholds.items() if f.value is not None}
@@ -110,19 +115,26 @@ def evaluation_of(report: EvaluationReport) -> EvaluationFile:
     if told:
         sources[POOLED] = _source(report.updates)
         groups[POOLED] = list(told)
-    found = {
-        str(split): {
-            name: told_figures(
-                [Answer(told[site][split], mechanisms[site]) for site in sites],
-                task,
-                values,
-                name,
-                grid=grid,
-            )
+
+    def answer(site: str, summary: Summary) -> Answer:
+        return Answer(summary.told, mechanisms[site], request.tables, summary.sizes)
+
+    given = {
+        split: {
+            name: [answer(site, told[site][split].everybody) for site in sites]
             for name, sites in groups.items()
         }
         for split in request.splits
     }
+    columns: dict[str, Column] = {}
+    if told and Split.TEST in request.splits:
+        columns = {
+            g.column: {
+                value: [answer(s, told[s][Split.TEST].groups[g.column][value]) for s in told]
+                for value in g.values
+            }
+            for g in request.groups
+        }
     return EvaluationFile(
         format=FORMAT,
         run=report.task.run_id,
@@ -132,8 +144,16 @@ def evaluation_of(report: EvaluationReport) -> EvaluationFile:
         sites={u.site: _answer(u) for u in report.updates},
         thresholds=thresholds,
         sources=sources,
-        figures=found,
+        figures={
+            split: {n: told_figures(own, task, values, n, grid=grid) for n, own in sets.items()}
+            for split, sets in given.items()
+        },
         failures=report.failures,
+        patients={
+            split: {n: patients_shown(own, task) for n, own in sets.items()}
+            for split, sets in given.items()
+        },
+        subgroups=told_subgroups(columns, task, values, POOLED, grid=grid),
     )
 
 
@@ -173,14 +193,14 @@ def _source(updates: Iterable[EvaluationUpdate]) -> Source:
 
 def _thresholds(
     task: TaskSpec, request: EvaluationRequest, grid: Grid,
-    told: Sequence[Mapping[Split, Counts]],
+    told: Sequence[Mapping[Split, SplitSums]],
 ) -> dict[str, Figure]:  # fmt: skip
     if task.kind is TaskKind.SEGMENTATION:
         return {}
     if Split.VAL not in request.splits or not told:
         note = "a constant: no validation figures are asked for"
         return {t: Figure(DEFAULT_THRESHOLD, PUBLIC, note=note) for t in targets_of(task)}
-    merged = merge([t[Split.VAL] for t in told])
+    merged = merge([t[Split.VAL].everybody.told for t in told])
     return {
         target: Figure(choose_threshold(merged[index], grid), POOLED)
         for index, target in enumerate(targets_of(task))

@@ -10,9 +10,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedmed.errors import FedmedError, UpdateRejected
+from fedmed.evaluation.summaries import is_told
 from fedmed.federation import messages
 from fedmed.federation.evaluation_task import EvaluateTask, EvaluationUpdate
-from fedmed.federation.summary_table import BUFFER, summary_table
+from fedmed.federation.summary_table import BUFFER, summary_table, unpack_summaries
 from fedmed.privacy.sums import is_sum
 from fedmed.types import PackedArrays, Refusal
 
@@ -112,6 +113,10 @@ def _check(update: EvaluationUpdate, site: str, task: EvaluateTask) -> None:
     sums = update.arrays.buffers[BUFFER]
     if sums.size and not 0 <= int(sums.min()) <= int(sums.max()) <= _LARGEST:
         raise UpdateRejected(f"site {site!r} tells impossible sums")
+    told = unpack_summaries(update.arrays, task.request).values()
+    sets = (s for split in told for s in (split.everybody, *split.every_group()))
+    if not all(is_told(s.told, task.training.task) for s in sets):
+        raise UpdateRejected(f"site {site!r} tells sums that no images have")
     noisy, asked = is_sum(update.released), task.request.target_epsilon is not None
     if noisy != asked or (update.released is None) == asked:
         raise UpdateRejected(f"the sums of site {site!r} were made by another mechanism than asked")

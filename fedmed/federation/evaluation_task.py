@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fedmed.errors import ConfigError
+from fedmed.evaluation.groups import GroupColumn
 from fedmed.types import DPSpec, PackedArrays, Split, TrainTask
 
 
@@ -21,6 +22,7 @@ class EvaluationRequest:
         span: logits from -span to span are told apart.
         max_images_per_unit: with noise: most images of one patient that count, drawn afresh.
         delta: δ asked for, or None for the site's own.
+        groups: columns whose groups are told apart, each in sums of its own.
     """
 
     splits: tuple[Split, ...]
@@ -29,6 +31,7 @@ class EvaluationRequest:
     span: float
     max_images_per_unit: int = 1
     delta: float | None = None
+    groups: tuple[GroupColumn, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.splits or len(set(self.splits)) < len(self.splits):
@@ -44,6 +47,13 @@ class EvaluationRequest:
             raise ConfigError("expected evaluation.max_images_per_unit >= 1")
         if self.delta is not None and not 0 < self.delta < 1:
             raise ConfigError(f"expected evaluation.delta={self.delta} in (0, 1)")
+        if len({g.column for g in self.groups}) < len(self.groups):
+            raise ConfigError("evaluation.groups names a column twice")
+
+    @property
+    def tables(self) -> int:
+        """Summaries of a split that one image is counted in: of all images, and one a column."""
+        return 1 + len(self.groups)
 
 
 @dataclass(frozen=True)

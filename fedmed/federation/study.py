@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedmed.codec import decode, encode, plain
 from fedmed.errors import ConfigError
+from fedmed.evaluation.evidence import Responsible
 from fedmed.federation.evaluation_task import EvaluateTask, EvaluationRequest
 from fedmed.federation.summary_table import grid_of, summary_table
 from fedmed.types import (
@@ -71,6 +72,7 @@ class StudyPlan:
         tensors: what may leave: names, packed buffers (with dtype), shapes.
         evaluation: figures of the trained network that are asked for after the last round, or
             None for none.
+        responsible: who answers for the model.
     """
 
     format: int
@@ -100,6 +102,7 @@ class StudyPlan:
     fraction_sites: float = 1.0
     ema_decay: float = 0.0
     evaluation: EvaluationRequest | None = None
+    responsible: Responsible = field(default_factory=Responsible)
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -17,14 +18,22 @@ from fedmed.evaluation.evidence import (
     RunFacts,
     Source,
 )
+from fedmed.evaluation.summary_answers import NOT_TOLD
 from fedmed.federation.evaluation_file import NAME, POOLED, EvaluationFile
 from fedmed.types import Split, TaskKind
 
-NOT_TOLD: Final = "not told"
 _WITHHELD: Final = "withheld"
 _LIMIT: Final = (
     "The figures come from sums that the sites told; nobody has seen the images, and what the "
-    "sums cannot show (groups of patients, prediction sets) is not shown."
+    "sums cannot show (prediction sets) is not shown."
+)
+_GROUPS: Final = (
+    "Groups are those that the study's plan names; each is compared with the others of its column, "
+    "and patients who are in none are left out."
+)
+_NO_GROUPS: Final = (
+    "Groups of patients were not told apart: the study's plan did not ask for it "
+    "(evaluation.groups)."
 )
 _RULE: Final = "largest sensitivity + specificity on validation images (Youden 1950)"
 
@@ -63,26 +72,31 @@ def told_evidence(
         limits: further sentences.
     """
     metric = "dice" if run.task == TaskKind.SEGMENTATION else "auroc"
-    common = {
-        "format": FORMAT, "run": run, "training_patients": training_patients, "metric": metric,
-        "resamples": 0, "seed": 0, "model_sha256": model_sha256,
-    }  # fmt: skip
+    nothing = Figure(None, _WITHHELD, note=withheld.text)
+    silent = Evidence(
+        format=FORMAT,
+        run=run,
+        sources={_WITHHELD: withheld},
+        training_patients=training_patients,
+        metric=metric,
+        resamples=0,
+        seed=0,
+        pooled=Performance(POOLED, NOT_TOLD, {metric: nothing}, withheld.text),
+        sites=(),
+        model_sha256=model_sha256,
+        limits=limits,
+    )
     if told is None or not told.sites or str(Split.TEST) not in told.figures:
-        nothing = Figure(None, _WITHHELD, note=withheld.text)
-        return Evidence(
-            **common,  # type: ignore[arg-type]
-            sources={_WITHHELD: withheld},
-            pooled=Performance(POOLED, NOT_TOLD, {metric: nothing}, withheld.text),
-            sites=(),
-            limits=limits,
-        )
-    found = told.figures[Split.TEST]
+        return silent
+    found, patients = told.figures[Split.TEST], told.patients.get(Split.TEST, {})
     judged = {
-        name: Performance(name, NOT_TOLD, {m: t.figure for m, t in figures.items()})
+        name: Performance(
+            name, patients.get(name, NOT_TOLD), {m: t.figure for m, t in figures.items()}
+        )
         for name, figures in found.items()
     }
-    return Evidence(
-        **common,  # type: ignore[arg-type]
+    return replace(
+        silent,
         sources=told.sources,
         pooled=judged.pop(POOLED),
         sites=tuple(judged[name] for name in sorted(judged)),
@@ -90,5 +104,6 @@ def told_evidence(
             OperatingPoint(target, figure, figure.note or _RULE)
             for target, figure in sorted(told.thresholds.items())
         ),
-        limits=(*limits, _LIMIT),
+        subgroups=told.subgroups,
+        limits=(*limits, _LIMIT, _GROUPS if told.subgroups else _NO_GROUPS),
     )

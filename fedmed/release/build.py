@@ -8,25 +8,22 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
 from fedmed import __version__
-from fedmed.audit.log import verify as verify_log
 from fedmed.codec import plain
-from fedmed.config.compose import load_file
-from fedmed.config.schema import Config
 from fedmed.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedmed.evaluation.evidence import Evidence
 from fedmed.evaluation.evidencefile import EVIDENCE as EVIDENCE_IN_RUN
 from fedmed.evaluation.evidencefile import read_evidence
-from fedmed.experiment.plan import prep_spec, task_spec
 from fedmed.release import records
 from fedmed.release.criteria import Criteria, check
 from fedmed.release.folder import read_file, safe_path, walk
 from fedmed.release.network import load_network, read_facts
+from fedmed.release.origin import Origin, read_origin
 from fedmed.release.records import (
     AUDIT,
     EVIDENCE,
@@ -34,9 +31,7 @@ from fedmed.release.records import (
     PLAN,
     PREPARATION,
     WEIGHTS,
-    AuditHeads,
     FileEntry,
-    LogHead,
     Manifest,
     Preparation,
     stamp,
@@ -46,23 +41,47 @@ from fedmed.types import TaskKind, TaskSpec
 REPORT: Final = "report"
 
 
-def make_release(run: Path, out: Path, criteria: Criteria, name: str | None = None) -> Manifest:
-    """Gather a release; the folder is there whole or not at all.
+@dataclass(frozen=True)
+class Candidate:
+    """A run that could be released: whole, and its files agree.
+
+    Attributes:
+        evidence: what criteria are compared with.
+        contents: the release's files by path, without the manifest.
+    """
+
+    evidence: Evidence
+    contents: Mapping[str, bytes]
+
+
+def read_candidate(run: Path) -> Candidate:
+    """All that a release of a run holds.
 
     Args:
-        run: the folder of a finished run with evidence.
+        run: the folder of a finished run with evidence: a simulation's or a coordinator's.
+
+    Raises:
+        DataError, ModelError, ConfigError: the run lacks something, or its files disagree.
+        AuditError: an audit log of the run was altered.
+    """
+    evidence = read_evidence(run)
+    return Candidate(evidence, _gather(run, evidence, read_origin(run)))
+
+
+def make_release(
+    candidate: Candidate, out: Path, criteria: Criteria, name: str | None = None
+) -> Manifest:
+    """Write a release; the folder is there whole or not at all.
+
+    Args:
         out: a folder that does not exist.
         criteria: recorded with their outcome; whether they passed is for the caller to act on.
         name: of the release; None takes the experiment's.
 
     Raises:
-        DataError, ModelError, ConfigError: the run lacks something, or its files disagree.
-        AuditError: an audit log of the run was altered.
         CheckpointError: ``out`` exists or cannot be written.
     """
-    evidence = read_evidence(run)
-    config = load_file(run / "config.yaml")
-    contents = _gather(run, evidence, config)
+    evidence, contents = candidate.evidence, candidate.contents
     now = datetime.now(UTC)
     days = criteria.valid_days
     manifest = Manifest(
@@ -83,13 +102,13 @@ def make_release(run: Path, out: Path, criteria: Criteria, name: str | None = No
     return manifest
 
 
-def preparation(config: Config, evidence: Evidence | None, *, synthetic: bool) -> Preparation:
-    """What a prediction needs, from a run's configuration and evidence.
+def preparation(origin: Origin, evidence: Evidence | None, *, synthetic: bool) -> Preparation:
+    """What a prediction needs, from a run's plan and evidence.
 
     Raises:
         ConfigError: the evidence names targets or values that the task does not have.
     """
-    task, prep = task_spec(config), prep_spec(config)
+    task, prep = origin.task, origin.prepare
     calibrations = evidence.calibration if evidence else ()
     points = evidence.operating if evidence else ()
     conformal = evidence.conformal if evidence else None
@@ -120,26 +139,25 @@ def _shared(task: TaskSpec) -> bool:
     return task.kind is not TaskKind.MULTILABEL
 
 
-def _gather(run: Path, evidence: Evidence, config: Config) -> dict[str, bytes]:
+def _gather(run: Path, evidence: Evidence, origin: Origin) -> dict[str, bytes]:
     weights = _weights(run)
     facts = read_facts(weights, str(run / WEIGHTS))
     if hashlib.sha256(weights).hexdigest() != evidence.model_sha256:
         raise DataError(
-            f"{run / EVIDENCE_IN_RUN} is about other weights than {WEIGHTS}",
-            f"judge them: fedmed evaluate {run}",
+            f"{run / EVIDENCE_IN_RUN} is about other weights than {WEIGHTS}", origin.anew
         )
-    if facts.task != task_spec(config):
+    if facts.task != origin.task:
         raise ModelError(
-            f"{run / WEIGHTS} is of another task than config.yaml", "restore the run folder"
+            f"{run / WEIGHTS} is of another task than {origin.source}", "restore the run folder"
         )
     load_network(weights, facts, str(run / WEIGHTS))
-    prepared = preparation(config, evidence, synthetic=facts.synthetic)
+    prepared = preparation(origin, evidence, synthetic=facts.synthetic)
     contents = {
         WEIGHTS: weights,
         EVIDENCE: read_file(run, EVIDENCE_IN_RUN),
         PREPARATION: _json(plain(prepared)),
-        PLAN: _json(_plan(config)),
-        AUDIT: _json(plain(_heads(run))),
+        PLAN: _json(origin.plan),
+        AUDIT: _json(plain(origin.audit_heads(evidence.run.run_id))),
     }
     if (run / REPORT).is_dir():
         found = walk(run / REPORT)
@@ -159,24 +177,6 @@ def _weights(run: Path) -> bytes:
         raise DataError(
             f"cannot read {run / WEIGHTS}: {error.strerror}", "give the folder of a finished run"
         ) from error
-
-
-def _plan(config: Config) -> dict[str, Any]:
-    """The configuration without paths: they tell of a machine and not of the model."""
-    facts = asdict(config)
-    facts.pop("paths")
-    facts.pop("resume")
-    facts["data"].pop("root")
-    facts["data"].pop("source")
-    facts["model"].pop("pretrained")
-    facts["site"].pop("state_dir")
-    return facts
-
-
-def _heads(run: Path) -> AuditHeads:
-    logs = [*sorted(run.glob("audit.jsonl")), *sorted(run.glob("sites/*/audit.jsonl"))]
-    checked = [(log.relative_to(run).as_posix(), verify_log(log)) for log in logs]
-    return AuditHeads(tuple(LogHead(name, v.entries, v.head) for name, v in checked))
 
 
 def _json(value: Any) -> bytes:

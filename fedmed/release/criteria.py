@@ -21,6 +21,7 @@ from fedmed.types import TaskKind
 
 ROLES: Final = {"clinician": 2, "privacy-officer": 1}
 """Signatures that are demanded where nobody says otherwise."""
+_NOT_MEASURED: Final = "insufficient data: not measured"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Demands:
     Attributes:
         lower_bounds: by metric, least lower end of the pooled 95 % interval.
         upper_bounds: by metric (distances, errors), largest upper end.
-        site_lower_bounds: as ``lower_bounds``, at every site.
+        site_lower_bounds: as ``lower_bounds``, at every site that trained or was judged.
         largest_gap: by metric, largest distance from zero that the adjusted interval of any
             subgroup's difference may reach.
         largest_ece: largest upper end of the expected calibration error, of every target.
@@ -161,9 +162,12 @@ def _findings(evidence: Evidence, criteria: Criteria, demands: Demands) -> Itera
     for metric, bound in sorted(demands.upper_bounds.items()):
         yield _at_most(f"{metric}, pooled", pooled.get(metric), bound, evidence)
     for metric, bound in sorted(demands.site_lower_bounds.items()):
-        for site in evidence.sites:
-            yield _at_least(f"{metric}, {site.name}", site.figures.get(metric), bound, evidence)
-        if not evidence.sites:
+        judged = {site.name: site.figures for site in evidence.sites}
+        # a site that trained and told nothing has shown nothing
+        names = dict.fromkeys([*judged, *(g.site for g in evidence.run.guarantees)])
+        for name in names:
+            yield _at_least(f"{metric}, {name}", judged.get(name, {}).get(metric), bound, evidence)
+        if not names:
             yield _at_least(f"{metric}, every site", None, bound, evidence)
     for metric, bound in sorted(demands.largest_gap.items()):
         yield from _gaps(metric, bound, evidence, criteria.columns)
@@ -194,7 +198,7 @@ def _gaps(
     for column in columns or tuple(found) or ("any column",):
         name, asked = f"{metric}, gap by {column}", f"within ±{bound:g}"
         if column not in found:
-            yield Finding(name, asked, "-", False, "not measured")
+            yield Finding(name, asked, "-", False, _NOT_MEASURED)
             continue
         gaps = [g for g in found[column].gaps if g.metric == metric]
         groups = {g.name for g in found[column].groups}
@@ -202,7 +206,7 @@ def _gaps(
         # of two groups each is the other's comparison
         missing = groups - judged if len(groups) != 2 or not judged else set()
         if missing or not gaps:
-            yield Finding(name, asked, "-", False, "not measured for every group")
+            yield Finding(name, asked, "-", False, f"{_NOT_MEASURED} for every group")
             continue
         reasons = {g.group: _gap_reason(g, bound, evidence) for g in gaps}
         worst = max(gaps, key=lambda g: (bool(reasons[g.group]), _reach(g)))
@@ -251,12 +255,12 @@ def _at_most(name: str, figure: Figure | None, bound: float, evidence: Evidence)
 def _unusable(figure: Figure | None, evidence: Evidence) -> str:
     """Why nothing may be concluded from a figure; empty where something may."""
     if figure is None:
-        return "not measured"
+        return _NOT_MEASURED
     source = evidence.sources.get(figure.source)
     if source is None:
         return "no source"
     if source.kind is SourceKind.WITHHELD:
-        return "withheld"
+        return "insufficient data: withheld"
     if figure.value is None:
         return figure.note or "undefined"
     ends = (figure.low, figure.value, figure.high)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedmed.codec import decode
 from fedmed.errors import ConfigError, ModelError
-from fedmed.release.records import ModelFacts
+from fedmed.models.facts import KEY, ModelFacts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,7 @@ def read_facts(content: bytes, what: str) -> ModelFacts:
     try:
         if not 2 <= size <= min(_MOST_HEADER, len(content) - 8):
             raise ValueError("header")
-        text = json.loads(content[8 : 8 + size])["__metadata__"]["fedmed"]
+        text = json.loads(content[8 : 8 + size])["__metadata__"][KEY]
         return decode(ModelFacts, text)
     except ConfigError as error:
         raise ModelError(f"{what}: {error.problem}", "use the fedmed that wrote it") from error
@@ -51,9 +51,11 @@ def load_network(content: bytes, facts: ModelFacts, what: str) -> nn.Module:
     from fedmed.training.build import build
 
     if facts.personal:
+        # What was judged is one network a site, with tensors that nobody else has.
         raise ModelError(
-            f"{what} lacks the tensors that stayed at the sites ({', '.join(facts.personal)})",
-            "train a model without federation.personal",
+            f"{what} lacks the tensors that stayed at the sites ({', '.join(facts.personal)}): "
+            "without them it was not judged",
+            "train and judge a model without federation.personal",
         )
     network = build(facts.model, facts.task, dp=facts.dp, seed=0)
     try:
@@ -61,6 +63,10 @@ def load_network(content: bytes, facts: ModelFacts, what: str) -> nn.Module:
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
         raise ModelError(f"{what} is damaged", "obtain it anew") from error
     own = network.state_dict()
+    if facts.dp:
+        # no buffer is trained or leaves a site: those of the network are constants
+        constants = dict(network.named_buffers()).keys() & own.keys()
+        tensors = {**{n: own[n] for n in constants}, **tensors}
     unlike = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape]
     unlike += [n for n in tensors if n not in own]
     if unlike:

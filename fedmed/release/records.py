@@ -11,7 +11,7 @@ from typing import Final
 
 from fedmed.errors import ConfigError
 from fedmed.release.criteria import Criteria, Finding
-from fedmed.types import ModelSpec, TaskSpec
+from fedmed.types import TaskSpec
 
 FORMAT: Final = 1
 MANIFEST: Final = "release.json"
@@ -21,6 +21,8 @@ EVIDENCE: Final = "evidence.json"
 PREPARATION: Final = "preparation.json"
 PLAN: Final = "plan.json"
 AUDIT: Final = "audit.json"
+CONFIG: Final = "config.yaml"
+"""Of a simulation's run folder; a coordinator's has :data:`PLAN`."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -108,18 +110,6 @@ class Preparation:
         bounds = [*self.thresholds.values(), *filter(None, (self.level, self.conformal))]
         if not all(0 <= b <= 1 for b in bounds):
             raise ConfigError(f"{PREPARATION}: a threshold is not in [0, 1]", "make it anew")
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a weights file says of itself, under the key ``fedmed`` of its header."""
-
-    task: TaskSpec
-    model: ModelSpec
-    dp: bool
-    personal: tuple[str, ...]
-    synthetic: bool
-    version: str
 
 
 @dataclass(frozen=True)

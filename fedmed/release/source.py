@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from fedmed.codec import decode
 from fedmed.errors import ConfigError, DataError, ModelError, TrustError
 from fedmed.release.network import load_network, read_facts
-from fedmed.release.records import MANIFEST, PREPARATION, WEIGHTS, Preparation
+from fedmed.release.records import CONFIG, MANIFEST, PLAN, PREPARATION, WEIGHTS, Preparation
 from fedmed.release.trust import find_trust, read_trust
 from fedmed.release.verify import Checked, verify
 
@@ -131,21 +131,18 @@ def _unverified_preparation(
     facts = read_facts(weights, str(file))
     if (folder / MANIFEST).is_file() and (folder / PREPARATION).is_file():
         return _read_preparation((folder / PREPARATION).read_bytes())
-    if (folder / "config.yaml").is_file():
-        from fedmed.config.compose import load_file
+    if (folder / CONFIG).is_file() or (folder / PLAN).is_file():
         from fedmed.evaluation.evidencefile import EVIDENCE as EVIDENCE_IN_RUN
         from fedmed.evaluation.evidencefile import read_evidence
         from fedmed.release.build import preparation
+        from fedmed.release.origin import read_origin
 
-        config = load_file(folder / "config.yaml")
+        origin = read_origin(folder)
         known = (folder / EVIDENCE_IN_RUN).is_file()
         evidence = read_evidence(folder) if known else None
         if evidence and evidence.model_sha256 != hashlib.sha256(weights).hexdigest():
-            raise DataError(
-                f"{folder / EVIDENCE_IN_RUN} is about other weights",
-                f"judge them: fedmed evaluate {folder}",
-            )
-        return preparation(config, evidence, synthetic=facts.synthetic)
+            raise DataError(f"{folder / EVIDENCE_IN_RUN} is about other weights", origin.anew)
+        return preparation(origin, evidence, synthetic=facts.synthetic)
     if intensity is None:
         raise ConfigError(
             f"nothing beside {file} says how images are prepared",

@@ -45,6 +45,10 @@ def card(study: Study) -> dict[str, Any]:
             "answers": overview.learns(evidence.run),
             "synthetic": _fact(study, "run", "synthetic"),
             "metric": _fact(study, "metric"),
+            "responsible": {
+                name: {"value": stated.text, "trace": stated.trace}
+                for name, stated in study.responsible()
+            },
         },
         "warnings": [_fact(study, "limits", i) for i in range(len(evidence.limits))],
         "trust_ingredients": {

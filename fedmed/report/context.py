@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedmed.report.trace import CONFIG, RunFiles, setting, trace
 
 _BAND = "A coarse public band; the exact number stays at the site."
 _CONFIGURED = "A setting of the run, in its config.yaml; public."
+_STATED = "Stated by those who made the study; nobody has checked it."
 _RUN = "A fact of the run's configuration; public."
 
 
@@ -80,6 +82,12 @@ class Study:
         where = trace(EVIDENCE, *tokens)
         value = self.files.at(where)
         return Value(_shown(value) if text is None else text, trace=where, source=_RUN)
+
+    def responsible(self) -> Iterator[tuple[str, Value]]:
+        """Who answers for the model, by what they are to it."""
+        for name, text in vars(self.evidence.run.responsible).items():
+            where = trace(EVIDENCE, "run", "responsible", name)
+            yield name, Value(wording.printable(text), trace=where, source=_STATED)
 
     def patients(self, *tokens: str | int) -> Value:
         """A coarse band of patients, as it stands in the evidence."""

@@ -17,6 +17,8 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     lines = [
         f"study      {plan.study}: {plan.purpose or 'no purpose is given'}",
         f"plan       {plan.sha256()}",
+        f"made by    {plan.responsible.developer}; paid for by {plan.responsible.funder}; "
+        f"contact: {plan.responsible.contact}",
         f"learns     {plan.task.kind} ({', '.join(plan.task.classes)}) from images of {size}, "
         f"{plan.task.channels} channel(s)",
         f"network    {plan.model.name}, {_count(plan):,} numbers",
@@ -59,7 +61,8 @@ def _figures(plan: StudyPlan) -> str:
         if asked.target_epsilon is None
         else f"with noise for epsilon {asked.target_epsilon:g} more"
     )
+    groups = "".join(f"; by {g.column} ({', '.join(g.values)})" for g in asked.groups)
     return (
-        f"sums over {' and '.join(asked.splits)} images after the last round, {noise}; the "
-        "site's own rules may withhold them"
+        f"sums over {' and '.join(asked.splits)} images after the last round, {noise}{groups}; "
+        "the site's own rules may withhold them"
     )

@@ -6,31 +6,25 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from flwr.app import ArrayRecord, RecordDict
+from running import finish
 from searching import Search
-from studies import DP, Canaries, canary_images, hospital, link_to, plan_of, study
+from studies import DP, Canaries, canary_images, hospital, plan_of, study
 
 from fedmed.audit.log import read, verify
-from fedmed.coordinator import service as coordinator_service
 from fedmed.coordinator.folder import StudyFolder
-from fedmed.coordinator.service import StudyService
 from fedmed.federation import client_app
 from fedmed.federation.link import exchange
 from fedmed.federation.link.payload import Payload
-from fedmed.federation.link.store import RunState
 from fedmed.federation.messages import METRICS, values_of
-from fedmed.hospital import service as hospital_service
 from fedmed.hospital import task as hospital_task
 from fedmed.hospital.books import budget, site_status
 from fedmed.hospital.folder import HospitalFolder
-from fedmed.hospital.service import SiteService
 from fedmed.privacy.ledger import Ledger, LedgerEntry
 from fedmed.privacy.sums import is_sum
 from fedmed.trust.statements import AnswerStatement
@@ -123,7 +117,16 @@ class Told:
     run: str = ""
     contents: list[RecordDict] = field(default_factory=list)
     statements: list[AnswerStatement] = field(default_factory=list)
-    written: list[bytes] = field(default_factory=list)
+    written: dict[int, list[bytes]] = field(default_factory=dict)
+
+    def wrote(self, content: bytes) -> None:
+        """Keep what a hospital writes, thread by thread: requests of several run side by side."""
+        self.written.setdefault(threading.get_ident(), []).append(content)
+
+    @property
+    def streams(self) -> list[bytes]:
+        """All that was written, in order within each thread."""
+        return [b"".join(parts) for parts in self.written.values()]
 
     @property
     def charges(self) -> list[LedgerEntry]:
@@ -136,7 +139,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, data: Path, canaries: Canarie
     """One round of training and the figures, of two hospitals over TLS."""
     figures = (
         "evaluation.figures=true", "evaluation.splits=[test]", "evaluation.target_epsilon=6",
-        "evaluation.bins=4",
+        "evaluation.bins=4", "evaluation.groups={sex:[F,M],age_band:[0-50,51+]}",
     )  # fmt: skip
     plan, arrays = plan_of(*DP, *figures, rounds=1, min_sites=2)
     path = tmp_path_factory.mktemp("figures")
@@ -162,44 +165,11 @@ def told(tmp_path_factory: pytest.TempPathFactory, data: Path, canaries: Canarie
         made.statements.append(statement)
         return sign(statement, key)
 
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as running:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "write_payload", record)
         patch.setattr(hospital_task, "seal", signed)
-        patch.setattr(coordinator_service, "_TICK", 0.02)
-        patch.setattr(hospital_service, "_POLL", 0.5)
-        service, ready = StudyService(folder), threading.Event()
-        running.enter_context(in_thread(lambda: service.serve(ready), service.stop))
-        assert ready.wait(30)
-        for site in made.hospitals:
-            client = SiteService(
-                site,
-                SimpleNamespace(phase=lambda *_: None),
-                lambda h: link_to(h, h.kit.port, tap=made.written.append),
-            )
-            running.enter_context(in_thread(client.join, client.stop))
-        wait_until(lambda: all(s.last_seen for s in folder.store.sites()))
-        made.run = plan.new_run()
-        folder.store.ask_run(made.run)
-        wait_until(lambda: folder.store.run(made.run).state == RunState.FINISHED)  # type: ignore[union-attr]
+        made.run = finish(folder, made.hospitals, tap=made.wrote)
     return made
-
-
-def in_thread(work: Any, stop: Any) -> ExitStack:
-    thread = threading.Thread(target=work)
-    thread.start()
-    stack = ExitStack()
-    stack.callback(thread.join, 30)
-    stack.callback(stop)
-    return stack
-
-
-def wait_until(happened: Any, seconds: float = 120.0) -> None:
-    import time
-
-    until = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < until, "waited too long"
-        time.sleep(0.01)
 
 
 def test_every_field_has_its_charge_or_its_public_source(told: Told) -> None:
@@ -212,7 +182,7 @@ def test_every_field_has_its_charge_or_its_public_source(told: Told) -> None:
     for statement in told.statements:
         assert unexplained(vars(statement), "statement", told.charges) == []
         seen |= {name for name, _ in walk(vars(statement), "statement")}
-    hellos = list(said(b"".join(told.written)))
+    hellos = [hello for stream in told.streams for hello in said(stream)]
     for hello in hellos:
         assert unexplained(hello, "hello", told.charges) == []
     assert {h["phase"] for h in hellos} <= {"waiting", "training", "paused", "checking"}
@@ -297,7 +267,7 @@ def test_nothing_of_the_images_leaves(
     told: Told, canaries: Canaries, data: Path
 ) -> None:  # fmt: skip
     search = Search(canaries, canaries.pixels.reshape(-1, 2).astype("float32"))
-    assert search.found(b"".join(told.written)) == []
+    assert search.found(b"".join(told.streams)) == []
 
 
 def test_coordinator_keeps_figures_with_their_charges(told: Told) -> None:
@@ -313,10 +283,23 @@ def test_coordinator_keeps_figures_with_their_charges(told: Told) -> None:
         assert entry.epsilon == site["epsilon"]
     assert found["sources"]["pooled"]["kind"] == "charged"
     assert set(found["figures"]["test"]) == {"north", "south", "pooled"}
+    assert [g["column"] for g in found["subgroups"]] == ["sex", "age_band"]
     events = [e["event"] for e in read(told.folder.audit_path)]
     assert events.index("figures-written") < events.index("run-finished")
     assert json.loads((folder / "summary.json").read_text())["rounds"] == 1
     assert list((folder / "spool").iterdir()) == []
+
+
+def test_groups_leave_in_the_one_array_that_is_paid_for(told: Told) -> None:
+    """Five sets of images in each answer, and nothing beside them."""
+    request = told.folder.plan.evaluation
+    assert request is not None
+    assert request.tables == 3
+    sums = [c for c in told.contents if METRICS not in c]
+    assert len(sums) == 2
+    for content in sums:
+        (array,) = content.array_records["arrays"].values()
+        assert len(values_of(array)) == 5 * 2 * 2 * request.bins
 
 
 def test_hospitals_books_show_the_charge(told: Told) -> None:

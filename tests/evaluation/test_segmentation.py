@@ -21,7 +21,6 @@ from fedmed.evaluation.segmentation import (
     dice_scores,
     doubt,
     hausdorff95,
-    surface_dice,
     volume_errors,
 )
 from fedmed.types import TaskKind, TaskSpec
@@ -218,9 +217,6 @@ def test_case_scores_are_those_of_each_measure():
     for image, k in np.ndindex(8, 2):
         masks = predicted[image] == k + 1, reference[image] == k + 1
         assert got.hd95[image, k] == pytest.approx(hausdorff95(*masks, (1.0, 2.0)), nan_ok=True)
-        assert got.surface_dice[image, k] == pytest.approx(
-            surface_dice(*masks, (1.0, 2.0), 1.5), nan_ok=True
-        )
     assert np.isnan(got.missed).all()
     assert np.isnan(got.included).all()
 

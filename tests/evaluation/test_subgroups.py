@@ -10,9 +10,10 @@ from simulated import BINARY, FINDINGS, GRADES, binary, several
 
 from fedmed.evaluation.cases import GRID, Cases, SegmentationScores
 from fedmed.evaluation.evidence import Gap, Subgroups, Verdict
+from fedmed.evaluation.gaps import Demands
 from fedmed.evaluation.metrics import metrics
 from fedmed.evaluation.records import Predictions
-from fedmed.evaluation.subgroups import Demands, assess_subgroups
+from fedmed.evaluation.subgroups import assess_subgroups
 from fedmed.types import TaskKind, TaskSpec
 
 CUT = {"yes": 0.5}

@@ -19,6 +19,7 @@ from fedmed.evaluation.summaries import (
     alone,
     cells_of,
     enough_patients,
+    is_told,
     large_enough,
     merge,
     per_image,
@@ -28,6 +29,7 @@ from fedmed.evaluation.summaries import (
     targets_of,
     told_together,
 )
+from fedmed.evaluation.summary_release import tell_exact
 from fedmed.types import TaskKind, TaskSpec
 
 SMALL = Grid(16, 4.0)
@@ -289,3 +291,31 @@ def test_mean_dice_is_that_of_the_images():
 def test_targets_have_names():
     assert targets_of(BINARY) == ("yes",)
     assert targets_of(TASKS[TaskKind.MULTICLASS]) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_what_a_site_tells_can_be_told(kind):
+    task = TASKS[kind]
+    told = tell_exact(per_image(answers(kind, 80, 1), task, SMALL), np.arange(80), task, SMALL, 5)
+    assert told.any()
+    assert is_told(told, task)
+    assert is_told(np.zeros_like(told), task)
+    for at in np.flatnonzero(told)[:40]:
+        for change in (1, -told.flat[at]):  # a count that differs, a cell without an end
+            spoilt = told.copy()
+            spoilt.flat[at] += change
+            if kind is not TaskKind.SEGMENTATION:
+                assert not is_told(spoilt, task)
+    if kind is TaskKind.SEGMENTATION:
+        for name, more in (("dice", SCALE * 80), ("dice_squares", SCALE * 80), ("defined", -79)):
+            spoilt = told.copy()
+            spoilt[0, SUMS.index(name)] += more
+            assert not is_told(spoilt, task)
+
+
+def test_cells_that_overlap_cannot_be_told():
+    told = np.zeros((1, 2, 2, 16), np.int64)
+    told[0, 0, 0, [0, 4]] = told[0, 0, 1, [5, 9]] = 20
+    assert not is_told(told, BINARY)
+    told[0, 0, 0, 4], told[0, 0, 0, 6] = 0, 20
+    assert is_told(told, BINARY)

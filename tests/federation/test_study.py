@@ -13,6 +13,8 @@ from small_study import COUNTS, DP, PARAMS, TABLE, numbers, small_plan, task_of
 
 from fedmed.codec import encode, plain
 from fedmed.errors import ConfigError
+from fedmed.evaluation.evidence import Responsible
+from fedmed.evaluation.groups import GroupColumn
 from fedmed.federation import study
 from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.study import (
@@ -23,6 +25,7 @@ from fedmed.federation.study import (
     parse_plan,
     read_plan,
 )
+from fedmed.report.plan import plan_lines
 from fedmed.types import (
     AugmentSpec,
     DPRequest,
@@ -106,6 +109,25 @@ def test_plan_with_figures_survives_its_document():
     assert FULL.answer_bytes == max(FULL.update_bytes, 2 * 2 * 32 * 8)
 
 
+def test_groups_and_who_answers_are_in_the_plan_that_is_read():
+    """By the machine, in the order that was given, and by those who approve."""
+    asked = EvaluationRequest(
+        (Split.TEST,), 1.0, 32, 4.0,
+        groups=(GroupColumn("sex", ("M", "F")), GroupColumn("age_band", ("0-64", "65+"))),
+    )  # fmt: skip
+    plan = replace(PLAN, evaluation=asked, responsible=Responsible("ACME", contact="a@b.org"))
+    again = parse_plan(plan.document().encode())
+    assert again == plan
+    assert again.sha256() == plan.sha256()
+    assert [e.name for e in again.summaries] == [
+        "test", "test/sex=M", "test/sex=F", "test/age_band=0-64", "test/age_band=65+",
+    ]  # fmt: skip
+    assert again.answer_bytes >= 5 * 2 * 2 * 32 * 8
+    text = "\n".join(plan_lines(plan))
+    assert "by sex (M, F); by age_band (0-64, 65+)" in text
+    assert "made by    ACME; paid for by not stated; contact: a@b.org" in text
+
+
 def test_order_of_mappings_does_not_matter():
     one = replace(PLAN, weights={"a": 1.0, "b": 2.0})
     two = replace(PLAN, weights={"b": 2.0, "a": 1.0})
@@ -122,6 +144,7 @@ OTHER = {
     "strategy": "fedadam", "strategy_params": {"eta": 0.1}, "weights": {"a": 2.0},
     "fraction_sites": 0.5, "ema_decay": 0.5,
     "evaluation": EvaluationRequest((Split.TEST,), 1.0, 32, 4.0),
+    "responsible": Responsible("a university"),
 }  # fmt: skip
 
 

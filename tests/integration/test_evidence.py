@@ -17,6 +17,7 @@ from fedmed.cli.main import main
 from fedmed.config.compose import load, load_file, to_yaml
 from fedmed.errors import DataError
 from fedmed.evaluation.casefile import read_cases
+from fedmed.evaluation.disclosure import patient_band
 from fedmed.evaluation.evidence import SourceKind
 from fedmed.evaluation.evidencefile import (
     EVIDENCE,
@@ -32,6 +33,7 @@ from fedmed.experiment.evidence import (
 )
 from fedmed.experiment.finished import FinishedRun
 from fedmed.experiment.runner import Experiment
+from fedmed.privacy.ledger import Ledger
 from fedmed.report.progress import Progress
 from fedmed.types import Split
 
@@ -138,6 +140,32 @@ def test_private_images_with_dp_give_no_figure(private):
     assert not evidence.sites
     assert not evidence.subgroups
     assert sorted(p.name for p in (private.folder / "evidence").iterdir()) == ["evidence.json"]
+
+
+def test_withheld_evidence_opens_no_image(private, monkeypatch):
+    """Sizes come from what was declared, as they were when the run began."""
+
+    def opened(*_):
+        raise AssertionError("private images were opened")
+
+    monkeypatch.setattr("fedmed.experiment.finished.load_hospitals", opened)
+    evidence = make_evidence(private.folder, FEW)
+    sizes = {
+        site: Ledger(private.folder / "sites" / site / "ledger.db").declared_size(f"{site}/patient")
+        for site in private.summary["privacy"]["sites"]
+    }
+    assert evidence.training_patients == {s: patient_band(n) for s, n in sizes.items()}
+    (private.folder / "sites" / "site-1" / "ledger.db").unlink()
+    assert make_evidence(private.folder, FEW).training_patients["site-1"] == "not told"
+    with pytest.raises(AssertionError, match="were opened"):  # the watch sees what opens them
+        make_evidence(private.folder, EvidenceOptions(resamples=200, published="example.org"))
+
+
+def test_a_site_without_images_is_named(done, monkeypatch):
+    hospitals = FinishedRun.open(done.folder, "cpu").hospitals
+    monkeypatch.setattr("fedmed.experiment.finished.load_hospitals", lambda _: hospitals[1:])
+    with pytest.raises(DataError, match="images of site-1 are gone"):
+        make_evidence(done.folder, FEW)
 
 
 def test_published_images_may_be_judged_exactly_beside_dp(private):

@@ -26,15 +26,19 @@ SETTINGS = (
     "trainer.local_steps=2", "trainer.batch_size=8", "federation.rounds=2", "logger=none",
     "privacy=dpsgd", "privacy.target_epsilon=5",
     "evaluation.figures=true", "evaluation.target_epsilon=20", "site.metrics=noisy",
+    "evaluation.groups={sex:[F,M],scanner:[scanner-1,scanner-2]}",
 )  # fmt: skip
 FIGURE = {"value", "low", "high", "source", "note"}
 PUBLIC_EVIDENCE = re.compile(
     r"format|resamples|seed|metric|model_sha256|limits/\d+|training_patients/.+"
     r"|run/(experiment|run_id|mode|strategy|model|seed|rounds|task|synthetic|unit|distance_unit"
-    r"|fedmed|classes/\d+|guarantees/\d+/(site|epsilon|delta|unbounded))"
+    r"|fedmed|responsible/(developer|funder|contact)|classes/\d+|guarantees/\d+/(site|epsilon|delta|unbounded))"
     r"|(pooled|sites/\d+)/(name|patients|note)|operating/\d+/(target|rule)|sources/.+"
-    r"|conformal|calibration|subgroups|matrix|comparisons"
+    r"|conformal|calibration|matrix|comparisons"
+    r"|subgroups/\d+/(column|groups/\d+/(name|patients|note)|gaps/\d+/(metric|group|verdict))"
 )
+WIDENED = re.compile(r"(subgroups/\d+/gaps/\d+)/adjusted_(low|high)")
+"""Ends of the interval of the difference beside them."""
 """Constants of plan and configuration, spent budgets, and words."""
 SENT = {"round", "bytes", "norm", "epsilon", "sha256"}
 """What a log says of an update that left: the update, its size, and what it cost."""
@@ -85,6 +89,9 @@ def unaccounted(folder: Path, evidence: dict[str, Any]) -> list[str]:
     found = []
     for path, leaf in leaves(evidence):
         where = path.lstrip("/")
+        if (end := WIDENED.fullmatch(where)) and leaf is not None:
+            column, gap = map(int, re.findall(r"\d+", end[1]))
+            leaf = evidence["subgroups"][column]["gaps"][gap]["difference"]
         if not isinstance(leaf, dict):
             if leaf not in ("", None) and not PUBLIC_EVIDENCE.fullmatch(where):
                 found.append(where)
@@ -132,6 +139,11 @@ def test_every_figure_of_the_evidence_is_public_or_paid_for(folder):
     assert unaccounted(folder, evidence) == []
     figures = [leaf for _, leaf in leaves(evidence) if isinstance(leaf, dict)]
     assert sum(leaf["value"] is not None for leaf in figures) > 20
+    groups = [g for s in evidence["subgroups"] for g in s["groups"]]
+    assert [g["name"] for g in groups] == ["F", "M", "scanner-1", "scanner-2"]
+    assert any(g["figures"] for g in groups)
+    bands = {evidence["pooled"]["patients"], *(s["patients"] for s in evidence["sites"])}
+    assert bands <= {"not told", "10 or more", "20 or more", "50 or more", "100 or more"}
 
 
 def test_every_number_of_the_card_is_public_or_paid_for(folder):
@@ -172,6 +184,15 @@ def test_planted_figures_are_found(folder):
     del pooled["leak"]
     evidence["patients"] = 17
     assert unaccounted(folder, evidence) == ["patients"]
+    del evidence["patients"]
+    group = evidence["subgroups"][0]["groups"][0]
+    group["images"] = 17
+    assert unaccounted(folder, evidence) == ["subgroups/0/groups/0/images"]
+    del group["images"]
+    gap = evidence["subgroups"][0]["gaps"][0]
+    gap["adjusted_low"], gap["difference"]["source"] = 0.1, "nothing"
+    wrong = ["subgroups/0/gaps/0/difference", "subgroups/0/gaps/0/adjusted_low"]
+    assert unaccounted(folder, evidence)[:2] == wrong
 
     card = json.loads((folder / "report" / "card.json").read_text())
     card["key_metrics"]["loss"] = {"value": 0.3, "trace": "metrics.jsonl#/1/loss"}

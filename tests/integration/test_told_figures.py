@@ -29,6 +29,16 @@ def test_noisy_figures_and_their_charges(run):
         assert done.summary["privacy"]["sites"][name]["epsilon"] == site["epsilon"]
 
 
+def test_groups_are_told_in_the_same_charge(run):
+    done = run(*DP, *ASKED, "evaluation.groups={sex:[F,M],age_band:[0-39,40-64,65+]}")
+    found = read(done.folder)
+    assert found["failures"] == {}
+    assert [s["column"] for s in found["subgroups"]] == ["sex", "age_band"]
+    for name in found["sites"]:
+        entries = Ledger(done.folder / "sites" / name / "ledger.db").entries(name)
+        assert [is_sum(e.spec) for e in entries] == [False, False, True]
+
+
 def test_resumed_run_tells_the_same_and_is_not_charged_again(run):
     done = run(*DP, *ASKED)
     before = (done.folder / "evaluation.json").read_bytes()
@@ -59,6 +69,9 @@ def test_withheld_is_the_default(run):
         (("evaluation.splits=[]",), "evaluation.splits is empty"),
         (("evaluation.bins=7",), "evaluation.bins=7"),
         (("evaluation.target_epsilon=0",), "evaluation.target_epsilon=0"),
+        (("evaluation.groups={sex:[F]}",), "evaluation.groups.sex"),
+        (("evaluation.groups.sex=F",), "evaluation.groups.sex is no list"),
+        (("evaluation.groups={age_band:[young,old]}",), "'young' is no band"),
         (("site.metrics=all",), "site.metrics='all'"),
         (("site.metrics=exact", "site.max_epsilon=3"), "site.metrics=exact"),
     ],

@@ -11,11 +11,15 @@ from safetensors.torch import load, save
 
 from fedmed.audit.log import verify as verify_log
 from fedmed.codec import encode
+from fedmed.config.compose import load as load_config
 from fedmed.errors import AuditError, CheckpointError, ConfigError, DataError, ModelError
 from fedmed.evaluation.evidencefile import read_evidence
-from fedmed.release.build import make_release
+from fedmed.experiment.plan import model_spec, task_spec
+from fedmed.models.facts import ModelFacts
+from fedmed.release.build import make_release, read_candidate
 from fedmed.release.network import load_network, read_facts
 from fedmed.release.verify import check_files
+from fedmed.training.build import build
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def rewrite(run, *, facts=None, tensors=None):
 
 def test_what_a_release_holds(run, tmp_path):
     out = tmp_path / "release"
-    manifest = make_release(run, out, CRITERIA, "Chest 1")
+    manifest = make_release(read_candidate(run), out, CRITERIA, "Chest 1")
     assert check_files(out).faults == ()
     assert manifest.name == "Chest 1"
     assert [f.path for f in manifest.files] == [
@@ -60,7 +64,7 @@ def test_what_a_release_holds(run, tmp_path):
 
 def test_the_plan_tells_nothing_of_the_machine(run, tmp_path):
     out = tmp_path / "release"
-    make_release(run, out, CRITERIA)
+    make_release(read_candidate(run), out, CRITERIA)
     for file in ("plan.json", "release.json", "preparation.json", "audit.json"):
         assert not re.search(r'": "/|tmp', (out / file).read_text()), file
 
@@ -71,14 +75,14 @@ def test_a_failed_writing_leaves_nothing(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(CheckpointError, match="No space"):
-        make_release(run, tmp_path / "release", CRITERIA)
+        make_release(read_candidate(run), tmp_path / "release", CRITERIA)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_release_replaces_nothing(run, tmp_path):
     (tmp_path / "release").mkdir()
     with pytest.raises(CheckpointError, match="exists"):
-        make_release(run, tmp_path / "release", CRITERIA)
+        make_release(read_candidate(run), tmp_path / "release", CRITERIA)
 
 
 def delete(name):
@@ -134,8 +138,32 @@ def two_temperatures(run):
 def test_a_run_that_cannot_be_released(spoil, error, says, run, tmp_path):
     spoil(run)
     with pytest.raises(error, match=says):
-        make_release(run, tmp_path / "release", CRITERIA)
+        make_release(read_candidate(run), tmp_path / "release", CRITERIA)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_private_model_may_leave_out_its_constants():
+    """A coordinator never sees buffers: with DP none is trained, each is the network's own."""
+    overrides = (
+        "model=swin_unetr", "data=synthetic", "data.task=segmentation", "data.classes=[a]",
+        "data.image_size=[64,64]", "model.params={feature_size:12}",
+    )  # fmt: skip
+    config = load_config([*overrides, "privacy=dpsgd", "privacy.target_epsilon=3"])
+    task, model = task_spec(config), model_spec(config)
+    network = build(model, task, dp=True, seed=1)
+    weights = {n: p.detach() for n, p in network.named_parameters()}
+    constants = network.state_dict().keys() - weights.keys()
+    assert constants
+    loaded = {}
+    for dp in (True, False):
+        facts = ModelFacts(task, model, dp, (), False, "1")
+        content = save(weights, facts.metadata())
+        if dp:
+            loaded = load_network(content, facts, "x").state_dict()
+        else:
+            with pytest.raises(ModelError, match="does not fit"):
+                load_network(content, facts, "x")
+    assert all((loaded[n] == t).all() for n, t in network.state_dict().items())
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"{}", b"\0" * 64])

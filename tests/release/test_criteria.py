@@ -9,10 +9,11 @@ from releases import CRITERIA, figure, small_evidence
 
 from fedmed.config.compose import config_dir
 from fedmed.errors import ConfigError
-from fedmed.evaluation.evidence import Figure, Gap, Performance, Subgroups, Verdict
+from fedmed.evaluation.evidence import Figure, Gap, Guarantee, Performance, Subgroups, Verdict
 from fedmed.release.criteria import Criteria, Demands, check, lowest, read_criteria
 
 OK = small_evidence()
+UNKNOWN = "insufficient data: not measured"
 
 
 def reasons(evidence, criteria=CRITERIA):
@@ -35,11 +36,11 @@ def test_evidence_that_meets_every_criterion():
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (None, "not measured"),
+        (None, UNKNOWN),
         (Figure(None, "test", note="one class only"), "one class only"),
         (Figure(None, "test"), "undefined"),
         (Figure(0.99, "test"), "no interval"),
-        (Figure(0.99, "none", 0.98, 1.0), "withheld"),
+        (Figure(0.99, "none", 0.98, 1.0), "insufficient data: withheld"),
         (Figure(0.99, "nobody", 0.98, 1.0), "no source"),
         (Figure(0.95, "test", 0.79, 0.99), "too low"),
         (Figure(0.85, "test", 0.99, 0.8), "not an interval"),
@@ -76,11 +77,14 @@ def gap(group="F", low=-0.04, high=0.06, verdict=Verdict.SIMILAR, **more):
         (gaps(gap(verdict=Verdict.INSUFFICIENT)), "insufficient data for F"),
         (gaps(gap(), gap("M", verdict=Verdict.INSUFFICIENT)), "insufficient data for M"),
         (gaps(gap(low=None)), "no adjusted interval"),
-        (gaps(), "not measured for every group"),
-        (gaps(gap("F"), gap("M"), groups=("F", "M", "X")), "not measured for every group"),
+        (gaps(), f"{UNKNOWN} for every group"),
+        (
+            gaps(gap("F"), gap("M"), groups=("F", "M", "X")),
+            f"{UNKNOWN} for every group",
+        ),
         (gaps(replace(gap(), difference=Figure(None, "test"))), "undefined"),
-        (gaps(replace(gap(), metric="dice")), "not measured for every group"),
-        (replace(OK, subgroups=()), "not measured"),
+        (gaps(replace(gap(), metric="dice")), f"{UNKNOWN} for every group"),
+        (replace(OK, subgroups=()), UNKNOWN),
     ],
 )
 def test_a_gap_must_be_shown_to_be_small(evidence, reason):
@@ -93,19 +97,19 @@ def test_two_groups_are_each_others_comparison():
 
 def test_a_named_column_must_have_been_judged():
     asked = replace(CRITERIA, columns=("sex", "age_band"))
-    assert reasons(OK, asked) == {"auroc, gap by age_band": "not measured"}
+    assert reasons(OK, asked) == {"auroc, gap by age_band": UNKNOWN}
 
 
 def test_calibration_of_every_label():
-    assert list(reasons(replace(OK, calibration=())).values()) == ["not measured"]
+    assert list(reasons(replace(OK, calibration=())).values()) == [UNKNOWN]
     run = replace(OK.run, task="multilabel", classes=("a", "present"))
-    assert reasons(replace(OK, run=run)) == {"calibration error, a": "not measured"}
+    assert reasons(replace(OK, run=run)) == {"calibration error, a": UNKNOWN}
     worse = replace(OK.calibration[0], after={"ece": figure(0.09)})
     assert list(reasons(replace(OK, calibration=(worse,))).values()) == ["too high"]
 
 
 def test_coverage_needs_prediction_sets():
-    assert list(reasons(replace(OK, conformal=None)).values()) == ["not measured"]
+    assert list(reasons(replace(OK, conformal=None)).values()) == [UNKNOWN]
 
 
 def test_phantoms_and_few_patients():
@@ -120,14 +124,17 @@ def test_every_site_is_held_to_its_bound():
     asked = replace(CRITERIA, classification=Demands(site_lower_bounds={"auroc": 0.8}))
     small = Performance("b", "<10", {}, note="too few patients")
     assert reasons(OK, asked) == {}
-    assert reasons(replace(OK, sites=(*OK.sites, small)), asked) == {"auroc, b": "not measured"}
-    assert reasons(replace(OK, sites=()), asked) == {"auroc, every site": "not measured"}
+    assert reasons(replace(OK, sites=(*OK.sites, small)), asked) == {"auroc, b": UNKNOWN}
+    trained = replace(OK.run, guarantees=(Guarantee("a", None, None), Guarantee("c", None, None)))
+    silent = {"auroc, c": UNKNOWN}
+    assert reasons(replace(OK, run=trained), asked) == silent
+    assert reasons(replace(OK, sites=()), asked) == {"auroc, every site": UNKNOWN}
 
 
 def test_upper_bounds_and_tasks_that_nothing_is_asked_of():
     asked = Criteria(synthetic=True, segmentation=Demands(upper_bounds={"hd95": 5.0}))
     evidence = small_evidence(task="segmentation", classes=("lung",))
-    assert reasons(evidence, asked) == {"hd95, pooled": "not measured"}
+    assert reasons(evidence, asked) == {"hd95, pooled": UNKNOWN}
     with_hd95 = replace(evidence, pooled=replace(evidence.pooled, figures={"hd95": figure(4.5)}))
     assert reasons(with_hd95, asked) == {}
     assert "criteria for this task" in reasons(OK, asked)

@@ -14,7 +14,7 @@ from releases import CRITERIA, PEOPLE, make_run, make_signers, sign
 
 from fedmed.codec import encode, plain
 from fedmed.errors import ConfigError, TrustError
-from fedmed.release.build import make_release
+from fedmed.release.build import make_release, read_candidate
 from fedmed.release.records import stamp
 from fedmed.release.signatures import PURPOSE, Signature, add_signature
 from fedmed.release.trust import find_trust, read_trust
@@ -287,7 +287,7 @@ def test_findings_are_computed_anew(tmp_path, signers):
     """Signers cannot have been shown an outcome that the evidence does not bear out."""
     release = tmp_path / "release"
     strict = replace(CRITERIA, minimum_patients=500)
-    made = make_release(make_run(tmp_path / "run"), release, strict)
+    made = make_release(read_candidate(make_run(tmp_path / "run")), release, strict)
     assert [f.code for f in check_files(release).faults] == ["criterion-failed"]
     edit_manifest(release, findings=plain([replace(f, passed=True) for f in made.findings]))
     assert [f.code for f in check_files(release).faults] == ["findings-differ", "criterion-failed"]
@@ -347,7 +347,7 @@ def test_trust_files(tmp_path, signers, monkeypatch):
 
 def test_signing_goes_through_for_three_people(tmp_path, signers):
     release = tmp_path / "release"
-    make_release(make_run(tmp_path / "run"), release, CRITERIA)
+    make_release(read_candidate(make_run(tmp_path / "run")), release, CRITERIA)
     assert codes(release, signers.trust) == ["role-missing", "role-missing"]
     sign(release, signers)
     assert codes(release, signers.trust) == []

@@ -11,6 +11,13 @@ from typing import Any
 
 import pytest
 from checking import resolve
+from reported import write_run
+
+from fedmed.config.compose import load
+from fedmed.errors import ConfigError
+from fedmed.evaluation.evidence import Responsible
+from fedmed.experiment.plan import responsible
+from fedmed.report.build import write_report
 
 FORMULAS = {
     "exp(epsilon)": lambda e, d: math.exp(e),
@@ -139,3 +146,31 @@ def test_the_cards_for_people_and_machines_have_one_content(run):
     else:
         assert f"{pooled['value']:.3f} ({pooled['low']:.3f} to {pooled['high']:.3f})" in text
     assert evidence["model_sha256"] in text
+
+
+def test_who_answers_for_the_model(tmp_path):
+    """As it is stated, in card and page; what is not stated says so."""
+    run = write_run(tmp_path / "run")
+    path = run / "evidence" / "evidence.json"
+    evidence = json.loads(path.read_text())
+    evidence["run"]["responsible"] |= {"developer": "Ada & <b>Co</b>", "contact": "a@example.org"}
+    path.write_text(json.dumps(evidence))
+    write_report(run)
+    stated = read(run)["summary"]["responsible"]
+    assert {name: fact["value"] for name, fact in stated.items()} == {
+        "developer": "Ada & <b>Co</b>", "funder": "not stated", "contact": "a@example.org",
+    }  # fmt: skip
+    assert list(faults(run, stated)) == []
+    page = (run / "report" / "index.html").read_text()
+    assert "Ada &amp; &lt;b&gt;Co&lt;/b&gt;" in page
+    assert "not stated" in page
+
+
+@pytest.mark.parametrize("text", ["", "two\nlines", "x" * 301])
+def test_statement_that_is_no_line(text):
+    config = load([])
+    config.card.funder = text
+    with pytest.raises(ConfigError, match=r"card\.funder"):
+        responsible(config)
+    config.card.funder = None
+    assert responsible(config) == Responsible()

@@ -8,7 +8,6 @@ second copy in memory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
@@ -25,6 +24,7 @@ from fedmed.codec import build
 from fedmed.errors import ConfigError, UpdateRejected
 from fedmed.federation.files import DTYPES, save_arrays
 from fedmed.federation.messages import ARRAYS, CONFIG, METRICS, ViewArray, values_of
+from fedmed.hashing import sha256_file
 
 MOST_HEADER: Final = 1 << 24
 """Bytes of the largest header: a table of a hundred thousand tensors."""
@@ -95,8 +95,7 @@ def read_payload(path: Path) -> RecordDict:
 def check_payload(path: Path, sha256: str) -> bool:
     """Whether a file is there and has this hash."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        return sha256_file(path) == sha256
     except OSError:
         return False
 

@@ -99,6 +99,7 @@ def uses(study: Study) -> Section:
             "any use without a person who can overrule it."
         )),
     ]  # fmt: skip
+    facts += [(name.capitalize(), stated) for name, stated in study.responsible()]
     if modality is not None:
         facts.insert(1, ("Data", modality))
     released = Text(
@@ -106,7 +107,7 @@ def uses(study: Study) -> Section:
         "privacy officer have signed, and under the rules of the place of use. This report is "
         "material for that decision, not the decision."
     )
-    items = ("CHAI: Uses and directions", "TRIPOD+AI 3b, 4, 15, 27")
+    items = ("CHAI: Uses and directions", "TRIPOD+AI 3b, 4, 15, 18a, 27")
     return Section("uses", "Intended use", items, (Facts(tuple(facts)), released))
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
 from fedmed.evaluation.evidencefile import EVIDENCE
+from fedmed.hashing import sha256_file
 from fedmed.report import curves as learning
 from fedmed.report import terms
 from fedmed.report.context import Study
@@ -96,7 +94,7 @@ def reproduce(study: Study) -> Section:
     model = files.folder / "model.safetensors"
     held = ""
     if model.is_file():
-        same = _sha256(model) == evidence.model_sha256
+        same = sha256_file(model) == evidence.model_sha256
         held = (
             "the file in the run folder matches" if same else "THE FILE IN THE RUN FOLDER DIFFERS"
         )
@@ -114,7 +112,7 @@ def reproduce(study: Study) -> Section:
         ("Bootstrap seed", study.fact("seed")),
     ]  # fmt: skip
     if files.has(CONFIG):
-        digest = _sha256(files.folder / CONFIG)
+        digest = sha256_file(files.folder / CONFIG)
         where = trace(CONFIG)
         facts.insert(3, ("Configuration (SHA-256)", Value(digest, "", where, "config.yaml")))
     noise = (
@@ -142,8 +140,3 @@ def reproduce(study: Study) -> Section:
     return Section(
         "reproduce", "How to check and repeat it", items, (text, Facts(tuple(facts)), sources)
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
