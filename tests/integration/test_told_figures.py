@@ -79,3 +79,9 @@ def test_withheld_is_the_default(run):
 def test_what_makes_no_sense_is_refused_before_anything_is_written(run, overrides, says):
     with pytest.raises(ConfigError, match=says.replace("[", r"\[")):
         run(*overrides, "evaluation.figures=true")
+
+
+@pytest.mark.parametrize("key", ["groups={sex:[F,M]}", "target_epsilon=1"])
+def test_what_only_figures_would_use_is_not_ignored(run, key):
+    with pytest.raises(ConfigError, match=f"evaluation.{key.partition('=')[0]} is given"):
+        run(f"evaluation.{key}")
