@@ -16,6 +16,7 @@ from fedmed.audit.log import AuditLog, LogHeld
 from fedmed.config.toml import read_toml
 from fedmed.errors import ConfigError
 from fedmed.federation.files import write_atomic
+from fedmed.federation.link.outgoing import Shelf
 from fedmed.federation.link.store import Store
 from fedmed.federation.state import read_weights, write_weights
 from fedmed.federation.study import StudyPlan, read_plan
@@ -93,6 +94,11 @@ class StudyFolder:
         return Store(self.path / "study.db")
 
     @cached_property
+    def shelf(self) -> Shelf:
+        """Payloads that this process has laid out for the sites."""
+        return Shelf()
+
+    @cached_property
     def signing_key(self) -> SigningKey:
         """The key that signs tasks. Raises TrustError."""
         return SigningKey.load(self.path / "keys" / "signing.key")
@@ -130,7 +136,7 @@ class StudyFolder:
         return self.path / "runs" / run
 
     def spool(self, run: str) -> Path:
-        """Payloads of one run."""
+        """Answers' payloads of one run."""
         return self.run_folder(run) / "spool"
 
     def initial(self) -> PackedArrays:

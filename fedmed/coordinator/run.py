@@ -16,7 +16,7 @@ from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.payload import check_payload
 from fedmed.federation.link.store import RunState, SiteState
 from fedmed.federation.server_app import run_server_app
-from fedmed.federation.state import Checkpoints, ServerState
+from fedmed.federation.state import BackgroundCheckpoints, ServerState
 from fedmed.federation.strategies import make_strategy
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek
@@ -51,7 +51,7 @@ class StudyRun:
             QuorumNotMet, FederationError, CheckpointError: it cannot go on for now.
         """
         plan = self._plan
-        checkpoints = Checkpoints(self._path / "checkpoints", plan.sha256())
+        checkpoints = BackgroundCheckpoints(self._path / "checkpoints", plan.sha256())
 
         def begin() -> ServerState:
             state = checkpoints.latest() or ServerState(0, self._folder.initial())
@@ -77,14 +77,16 @@ class StudyRun:
             evaluation=plan.evaluation,
         )
         grid = LinkGrid(
-            self._run, self._store, nodes, self._issuer(), self._folder.spool(self._run),
-            plan.round_deadline, self._stop, self._issued,
+            self._run, self._store, nodes, self._issuer(), self._folder.shelf,
+            self._folder.spool(self._run), plan.round_deadline, self._stop, checkpoints.settle,
+            self._issued,
         )  # fmt: skip
-        final = run_server_app(
-            lambda g: Coordinator(g, strategy, run_plan, checkpoints, [self], self._evaluated),
-            grid,
-            begin,
-        )
+        with checkpoints:
+            final = run_server_app(
+                lambda g: Coordinator(g, strategy, run_plan, checkpoints, [self], self._evaluated),
+                grid,
+                begin,
+            )
         self._finish(final)
 
     def round_done(self, state: ServerState, report: RoundReport) -> None:
@@ -145,16 +147,15 @@ class StudyRun:
         )  # fmt: skip
 
     def _forget(self, round_: int) -> None:
-        """Drop payloads that no restart can come back to."""
+        """Drop answers that no restart can come back to."""
         self._store.forget_tasks(self._run, round_)
-        needed = {t.payload for t in self._store.tasks(self._run)}
-        needed |= {
+        needed = {
             peek(AnswerStatement, t.answer).payload
             for t in self._store.tasks(self._run)
             if t.answer
         }
-        for path in self._folder.spool(self._run).iterdir():
-            if path.name not in needed and not path.name.startswith("."):
+        for path in self._folder.spool(self._run).glob("[!.]*"):
+            if path.name not in needed:
                 path.unlink(missing_ok=True)
 
     def _check_answers(self, round_: int) -> None:

@@ -98,7 +98,13 @@ class StudyService:
 
         folder, settings = self._folder, self._folder.settings
         desk = Desk(
-            self._store, folder.spool, folder.plan.answer_bytes, answered, rejected, replaced
+            self._store,
+            folder.shelf,
+            folder.spool,
+            folder.plan.answer_bytes,
+            answered,
+            rejected,
+            replaced,
         )
         certificate, key, _ = folder.tls
         try:
@@ -129,6 +135,12 @@ class StudyService:
 
     def _carry_out(self, run: str, log: AuditLog) -> None:
         """One run to its end; a fault that may pass is waited out."""
+        try:
+            self._persist(run, log)
+        finally:
+            self._folder.shelf.clear()
+
+    def _persist(self, run: str, log: AuditLog) -> None:
         wait = _FIRST_WAIT
         for left in range(RETRIES, -1, -1):
             error = self._try(run, log)

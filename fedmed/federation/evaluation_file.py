@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.codec import plain
+from fedmed.data.files import sha256_file
 from fedmed.evaluation.evidence import Figure, Source, SourceKind
 from fedmed.evaluation.summaries import Counts, Grid, merge, targets_of
 from fedmed.evaluation.summary_figures import (
@@ -90,10 +91,10 @@ def write_evaluation(folder: Path, report: EvaluationReport) -> str:
     for update in report.updates:
         for split, counts in unpack_summaries(update.arrays).items():
             arrays[f"{split}/{update.site}"] = counts
-    written = save_arrays(folder / SUMS, arrays, {})
+    save_arrays(folder / SUMS, arrays, {})
     content = json.dumps(plain(evaluation_of(report)), indent=1, sort_keys=True, allow_nan=False)
     write_atomic(folder / NAME, (content + "\n").encode())
-    return written.sha256
+    return sha256_file(folder / SUMS)
 
 
 def evaluation_of(report: EvaluationReport) -> EvaluationFile:

@@ -146,7 +146,7 @@ class SiteService:
         while True:
             before = link.written
             try:
-                sent = link.answer(answer.statement, answer.path)
+                sent = link.answer(answer.statement, answer.payload)
             except Unreachable as error:
                 if self._stop.is_set():
                     return False

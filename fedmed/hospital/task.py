@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Final
 
 from fedmed.audit.log import AuditLog
 from fedmed.errors import (
-    CheckpointError,
     ConfigError,
     FedmedError,
     PolicyRefused,
     TrustError,
     UpdateRejected,
 )
-from fedmed.federation.link.payload import Payload, check_payload
+from fedmed.federation.link.outgoing import Payload
+from fedmed.federation.link.payload import check_payload
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, seal, unseal
@@ -43,13 +43,11 @@ class Answer:
 
     Attributes:
         statement: sealed.
-        path: the payload's file.
         code: reason code of a refusal, or an empty string.
     """
 
     statement: bytes
-    path: Path
-    size: int
+    payload: Payload
     code: str
 
 
@@ -84,15 +82,11 @@ class Work:
         Raises:
             LocalFault: disk or books failed; nothing is answered yet.
         """
-        out = self.folder.state / "outbox" / str(self.task.round)
         refused = self.refused or self._fault(exchange)
-        try:
-            if refused is None:
-                payload, code = exchange.answer(self.path, out)
-            else:
-                payload, code = exchange.refuse(self._refusal(refused), out), refused.code
-        except CheckpointError as error:
-            raise LocalFault(error.problem, error.remedy) from error
+        if refused is None:
+            payload, code = exchange.answer(self.path)
+        else:
+            payload, code = exchange.refuse(self._refusal(refused)), refused.code
         if code in _PASSING:
             raise LocalFault(
                 f"{code} while answering round {self.task.round}",
@@ -102,9 +96,8 @@ class Work:
 
     def clear(self) -> None:
         """Nothing of a finished task's files is needed any more."""
-        for name in ("inbox", "outbox"):
-            for path in (self.folder.state / name).glob("*"):
-                path.unlink(missing_ok=True)
+        for path in self.path.parent.glob("*"):
+            path.unlink(missing_ok=True)
 
     def _fault(self, exchange: Exchange) -> PolicyRefused | None:
         """What is wrong with the payload before anybody acts on it, or None."""
@@ -127,11 +120,11 @@ class Work:
         )  # fmt: skip
         return Refusal(self.task.run, self.task.round, self.task.site, error.code, str(error))
 
-    def _seal(self, written: Payload, code: str) -> Answer:
+    def _seal(self, payload: Payload, code: str) -> Answer:
         task = self.task
         self.audit.append(
-            "answer-sealed", run=task.run, round=task.round, bytes=written.size,
-            sha256=written.sha256, code=code or None,
+            "answer-sealed", run=task.run, round=task.round, bytes=payload.size,
+            sha256=payload.sha256, code=code or None,
         )  # fmt: skip
         seq, head = self.audit.position
         statement = AnswerStatement(
@@ -141,8 +134,8 @@ class Work:
             round=task.round,
             site=task.site,
             task=hashlib.sha256(self.sealed).hexdigest(),
-            payload=written.sha256,
-            size=written.size,
+            payload=payload.sha256,
+            size=payload.size,
             code=code,
             log_seq=task.log_seq,
             log_head=task.log_head,
@@ -150,7 +143,7 @@ class Work:
             own_head=head,
             issued=int(time.time()),
         )
-        return Answer(seal(statement, self.folder.key), written.path, written.size, code)
+        return Answer(seal(statement, self.folder.key), payload, code)
 
 
 def receive(folder: HospitalFolder, audit: AuditLog, sealed: bytes) -> Work:

@@ -11,13 +11,14 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from fedmed import __version__
 from fedmed.errors import LinkError, LinkRefused, TrustError, Unreachable
 from fedmed.federation.files import PIECE
+from fedmed.federation.link.outgoing import Payload
 from fedmed.hashing import PassingHash
 from fedmed.trust.statements import MOST
 
@@ -175,11 +176,8 @@ class SiteLink:
             self.close()
             raise Unreachable("the payload broke off", "it goes on from there")
 
-    def answer(self, sealed: bytes, payload: Path | None) -> int:
+    def answer(self, sealed: bytes, payload: Payload) -> int:
         """Bring an answer.
-
-        Args:
-            payload: its file, or None for an empty one.
 
         Returns:
             Bytes of the request's body.
@@ -188,9 +186,12 @@ class SiteLink:
             As :meth:`task`; a refusal is final for this answer.
         """
         head = struct.pack("<I", len(sealed)) + sealed
-        length = len(head) + (payload.stat().st_size if payload else 0)
+        length = len(head) + payload.size
         response = self._send(
-            "POST", "/v1/answer", {"Content-Length": str(length)}, partial(_pieces, head, payload)
+            "POST",
+            "/v1/answer",
+            {"Content-Length": str(length)},
+            lambda: chain((head,), payload.pieces()),
         )
         self._finish(response)
         return length
@@ -215,7 +216,7 @@ class SiteLink:
         method: str,
         path: str,
         headers: dict[str, str],
-        body: Callable[[], Iterator[bytes]] = lambda: iter(()),
+        body: Callable[[], Iterator[bytes | memoryview]] = lambda: iter(()),
     ) -> http.client.HTTPResponse:
         """Send a request and read the answer's head; once more where a kept connection had ended.
 
@@ -254,7 +255,7 @@ class SiteLink:
         method: str,
         path: str,
         headers: dict[str, str],
-        body: Callable[[], Iterator[bytes]],
+        body: Callable[[], Iterator[bytes | memoryview]],
     ) -> http.client.HTTPResponse:
         connection = self._connection = self._connection or self._connect()
         connection.putrequest(method, path, skip_accept_encoding=True)
@@ -349,14 +350,6 @@ def _context(identity: Identity) -> ssl.SSLContext:
             "see fedmed site check",
         ) from error
     return context
-
-
-def _pieces(head: bytes, payload: Path | None) -> Iterator[bytes]:
-    yield head
-    if payload is not None:
-        with payload.open("rb") as file:
-            while piece := file.read(PIECE):
-                yield piece
 
 
 def _shown(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 from fedmed.errors import FedmedError, LinkRefused, TrustError
 from fedmed.federation.files import PIECE
+from fedmed.federation.link.outgoing import Payload, Shelf
 from fedmed.federation.link.store import Store, TaskRow
 from fedmed.hashing import PassingHash
 from fedmed.trust import certificates
@@ -32,7 +33,8 @@ class Desk:
     """Hands out tasks and takes answers.
 
     Args:
-        spool: folder of payloads.
+        shelf: payloads of tasks.
+        spool: folder of the answers' payloads.
         most_bytes: largest arrays of an answer, from the plan.
         on_answer: told of each answer before it counts; if it fails the site tries again.
         on_rejected: told of each answer that is refused: site, HTTP status, reason.
@@ -42,6 +44,7 @@ class Desk:
     def __init__(
         self,
         store: Store,
+        shelf: Shelf,
         spool: Callable[[str], Path],
         most_bytes: int,
         on_answer: Callable[[AnswerStatement], None],
@@ -49,6 +52,7 @@ class Desk:
         on_key: Callable[[str, str], None],
     ) -> None:
         self._store = store
+        self._shelf = shelf
         self._spool = spool
         self._most = most_bytes + _SLACK
         self._on_answer = on_answer
@@ -72,17 +76,23 @@ class Desk:
                 return None
             self._store.wait(before, min(rest, 1.0))
 
-    def payload_for(self, site: str, sha256: str) -> tuple[Path, int]:
-        """The file of a task that waits for this site.
+    def payload_for(self, site: str, sha256: str) -> Payload:
+        """What goes with a task that waits for this site.
 
         Raises:
-            LinkRefused: the site has no such task.
+            LinkRefused: the site has no such task, or it is not laid out yet.
         """
         row = self._store.open_task(site)
         if row is None or row.payload != sha256:
             raise LinkRefused(404, "no task of yours has this payload", "ask for a task")
-        path = self._spool(row.run) / sha256
-        return path, peek(TaskStatement, row.statement).size
+        payload = self._shelf.get(sha256)
+        if payload is None:  # a coordinator that has just been started again
+            raise LinkRefused(503, "the payload is not ready", "try again later")
+        return payload
+
+    def lies_out(self, payload: Payload) -> bool:
+        """Whether a payload is still wanted: its round goes on."""
+        return self._shelf.get(payload.sha256) is payload
 
     def take_answer(self, site: str, sealed: bytes, body: Body, length: int) -> bool:
         """Check and keep an answer; one that comes twice counts once.
