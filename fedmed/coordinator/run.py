@@ -14,10 +14,11 @@ from fedmed.federation.evaluation_round import EvaluationReport
 from fedmed.federation.files import write_atomic
 from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.payload import check_payload
+from fedmed.federation.link.spool import drop_answers
 from fedmed.federation.link.store import RunState, SiteState
 from fedmed.federation.server_app import run_server_app
 from fedmed.federation.state import BackgroundCheckpoints, ServerState
-from fedmed.federation.strategies import make_strategy
+from fedmed.federation.strategies import STRATEGIES, make_strategy
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek
 from fedmed.types import PackedArrays
@@ -42,6 +43,7 @@ class StudyRun:
         self._store = folder.store
         self._path = folder.run_folder(run)
         self._issuing = 0
+        self._averages = STRATEGIES[folder.plan.strategy].averages
 
     def go(self) -> None:
         """Run to the last round and write the result.
@@ -140,13 +142,14 @@ class StudyRun:
         if task.round != self._issuing:
             # Its predecessors' weights are in a checkpoint by now.
             self._issuing = task.round
-            self._forget(task.round)
+            # Where only their mean is in those, nothing shows what the answers' files hold.
+            self._forget(task.round, recycle=self._averages)
         self._log.append(
             "task-issued", run=task.run, round=task.round, site=task.site, bytes=task.size,
             sha256=task.payload, told_seq=task.log_seq,
         )  # fmt: skip
 
-    def _forget(self, round_: int) -> None:
+    def _forget(self, round_: int, *, recycle: bool = False) -> None:
         """Drop answers that no restart can come back to."""
         self._store.forget_tasks(self._run, round_)
         needed = {
@@ -154,9 +157,7 @@ class StudyRun:
             for t in self._store.tasks(self._run)
             if t.answer
         }
-        for path in self._folder.spool(self._run).glob("[!.]*"):
-            if path.name not in needed:
-                path.unlink(missing_ok=True)
+        drop_answers(self._folder.spool(self._run), needed, recycle=recycle)
 
     def _check_answers(self, round_: int) -> None:
         """Ask again for what the open round lacks: refusals, and answers torn by a crash."""

@@ -21,7 +21,7 @@ from fedmed.federation.messages import decode_table, encode_table
 from fedmed.types import PackedArrays
 
 _KEEP = 2
-_SPARE = ".spare"  # a checkpoint that is not needed any more: the next one is written over it
+_SPARE = ".spare"
 _NAME = re.compile(r"round_(\d+)\.safetensors")
 
 
@@ -64,6 +64,7 @@ class Checkpoints:
     def __init__(self, folder: Path, plan: str) -> None:
         self._folder = folder
         self._plan = plan
+        self._over: Path | None = None  # an old file to write over
 
     def save(self, state: ServerState) -> None:
         """Write one file, atomically.
@@ -85,9 +86,12 @@ class Checkpoints:
             "seconds": repr(state.seconds),
         }
         path = self._folder / f"round_{state.round:06d}.safetensors"
-        save_arrays(path, arrays, facts, over=self._folder / _SPARE)
+        save_arrays(path, arrays, facts, over=self._over)
         for old in self._files()[:-_KEEP]:
-            old.replace(self._folder / _SPARE)
+            if self._over is None:
+                old.unlink(missing_ok=True)
+            else:
+                old.replace(self._over)
 
     def latest(self) -> ServerState | None:
         """Newest readable checkpoint, or None if there is none at all.
@@ -148,11 +152,13 @@ class BackgroundCheckpoints(Checkpoints):
     """Checkpoints that are written beside what comes next, as far as that may go.
 
     Nothing may be asked of anybody on the strength of a state before :meth:`settle` has returned:
-    then it is on disk. A context manager; leaving it settles too.
+    then it is on disk. Meanwhile a third file is kept, which the next one is written over. A
+    context manager; leaving it settles too.
     """
 
     def __init__(self, folder: Path, plan: str) -> None:
         super().__init__(folder, plan)
+        self._over = folder / _SPARE
         self._writer: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
@@ -182,6 +188,7 @@ class BackgroundCheckpoints(Checkpoints):
                 self.settle()
         finally:
             self._thread.shutdown()
+            (self._folder / _SPARE).unlink(missing_ok=True)
 
 
 def write_weights(path: Path, arrays: PackedArrays) -> None:

@@ -47,7 +47,7 @@ class Served:
     @contextlib.contextmanager
     def serving(self):
         folder = StudyFolder(self.folder.path)
-        folder.__dict__["store"] = self.store
+        folder.__dict__.update(store=self.store, shelf=self.folder.shelf)
         service, ready = StudyService(folder), threading.Event()
         failed = []
 

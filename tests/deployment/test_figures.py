@@ -23,7 +23,7 @@ from fedmed.coordinator.folder import StudyFolder
 from fedmed.coordinator.service import StudyService
 from fedmed.federation import client_app
 from fedmed.federation.link import exchange
-from fedmed.federation.link.payload import Payload
+from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.store import RunState
 from fedmed.federation.messages import METRICS, values_of
 from fedmed.hospital import service as hospital_service
@@ -152,18 +152,18 @@ def told(tmp_path_factory: pytest.TempPathFactory, data: Path, canaries: Canarie
         ],
     )
     TABLES.update(weights=plan.tensors, sums=plan.summaries)
-    write, sign = exchange.write_payload, hospital_task.seal
+    make, sign = exchange.make_payload, hospital_task.seal
 
-    def record(reply: Path, content: RecordDict) -> Payload:
+    def record(content: RecordDict) -> Payload:
         made.contents.append(content)
-        return write(reply, content)
+        return make(content)
 
     def signed(statement: AnswerStatement, key: Any) -> bytes:
         made.statements.append(statement)
         return sign(statement, key)
 
     with pytest.MonkeyPatch.context() as patch, ExitStack() as running:
-        patch.setattr(exchange, "write_payload", record)
+        patch.setattr(exchange, "make_payload", record)
         patch.setattr(hospital_task, "seal", signed)
         patch.setattr(coordinator_service, "_TICK", 0.02)
         patch.setattr(hospital_service, "_POLL", 0.5)

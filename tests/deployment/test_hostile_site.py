@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from payloads import bytes_of, write_payload
 from sites import Edit, Given, Site, certificate_of, content_of, refusal_content, request
 from studies import HOST, study
 
@@ -36,7 +37,7 @@ from fedmed.federation import messages
 from fedmed.federation.coordinator import Coordinator, RunPlan, SiteSlot
 from fedmed.federation.link import listener
 from fedmed.federation.link.desk import Desk
-from fedmed.federation.link.payload import read_payload, write_payload
+from fedmed.federation.link.payload import make_payload, read_payload
 from fedmed.federation.link.store import RunState
 from fedmed.federation.state import Checkpoints, ServerState
 from fedmed.federation.strategies import make_strategy
@@ -542,7 +543,7 @@ def test_any_flipped_bit_of_an_answer_is_refused(
     refusals: list[int] = []
     store = served.folder.store
     desk = Desk(
-        store, served.folder.spool, served.folder.plan.update_bytes,
+        store, served.folder.shelf, served.folder.spool, served.folder.plan.update_bytes,
         on_answer=lambda _: None, on_rejected=lambda *r: refusals.append(r[1]),
         on_key=lambda *_: None,
     )  # fmt: skip
@@ -656,7 +657,7 @@ def test_refusal_is_what_it_says(served: Served) -> None:
     served.begin()
     given = evil.get()
     content = refusal_content(given, "evil", "budget-exhausted")
-    payload = write_payload(evil.path / "no", content).path.read_bytes()
+    payload = bytes_of(make_payload(content))
     with pytest.raises(FedmedError):
         evil.send(given, payload, code="\x1b[2J" + "x" * 5000)
     evil.send(given, payload, code="budget-exhausted")

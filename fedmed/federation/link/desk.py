@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from fedmed.errors import FedmedError, LinkRefused, TrustError
-from fedmed.federation.files import PIECE
 from fedmed.federation.link.outgoing import Payload, Shelf
+from fedmed.federation.link.spool import Body, keep_answer
 from fedmed.federation.link.store import Store, TaskRow
-from fedmed.hashing import PassingHash
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, unseal
 
 _LONGEST_POLL: Final = 25.0
 _MOST_KEYS: Final = 4  # certificates of one site in force at once
 _SLACK: Final = 1 << 20  # bytes an answer's file may have beyond its arrays
-
-
-class Body(Protocol):
-    """What is left of a request."""
-
-    def read(self, size: int) -> bytes:
-        """At most ``size`` bytes; none at the end."""
 
 
 class Desk:
@@ -121,7 +112,7 @@ class Desk:
         if row.answer is not None:
             return False
         self._check_open(row)
-        self._keep(statement, body, self._spool(row.run))
+        keep_answer(self._spool(row.run), statement.payload, statement.size, body)
         row = self._store.task(row.id) or row
         if row.answer is not None:
             return False
@@ -146,34 +137,6 @@ class Desk:
             except TrustError:
                 continue
         raise LinkRefused(403, "the answer is not signed by this site's key", "sign it anew")
-
-    def _keep(self, statement: AnswerStatement, body: Body, spool: Path) -> Path:
-        """The answer's file under its hash, whole or not at all."""
-        temporary = spool / f".{uuid.uuid4().hex}"
-        digest = PassingHash()
-        try:
-            spool.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as file:
-                rest = statement.size
-                while rest:
-                    piece = body.read(min(PIECE, rest))
-                    if not piece:
-                        raise LinkRefused(400, "the answer broke off", "send it again")
-                    digest.update(piece)
-                    file.write(piece)
-                    rest -= len(piece)
-            if digest.hexdigest() != statement.payload:
-                raise LinkRefused(
-                    422, "the answer's content is not what was signed", "send it again"
-                )
-            return temporary.replace(spool / statement.payload)
-        except OSError as error:
-            raise LinkRefused(
-                507, f"the coordinator cannot keep the answer ({error.strerror})", "try again later"
-            ) from error
-        finally:
-            digest.close()
-            temporary.unlink(missing_ok=True)
 
     def replace_key(self, site: str, pem: bytes) -> None:
         """Enrol a new certificate of a site that came with its present one.
