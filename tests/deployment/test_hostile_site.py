@@ -35,7 +35,7 @@ from fedmed.coordinator.service import StudyService
 from fedmed.errors import FedmedError, LinkRefused, UpdateRejected
 from fedmed.federation import messages
 from fedmed.federation.coordinator import Coordinator, RunPlan, SiteSlot
-from fedmed.federation.link import listener
+from fedmed.federation.link import listener, lobby
 from fedmed.federation.link.desk import Desk
 from fedmed.federation.link.payload import make_payload, read_payload
 from fedmed.federation.link.store import RunState
@@ -504,6 +504,47 @@ def test_silent_callers_keep_nobody_out(served: Served, monkeypatch: pytest.Monk
         assert threading.active_count() - before < 10 + listener._MOST_OF_ONE + 5
         wait_until(lambda: threading.active_count() <= before + 2, 20)
     assert evil.connect().task("waiting", 0) is None
+
+
+@pytest.mark.parametrize(
+    "says_first", [b"", b"\x16\x03", b"GET / HTTP/1.0\r\n\r\n" * 99, b"\0" * 5000]
+)
+@pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.9"])
+def test_flood_before_any_certificate_keeps_nobody_out(
+    served: Served, source: str, says_first: bytes
+) -> None:
+    """More than the port ever holds, and they do not let go; threads stay bounded."""
+    a = served.site("honest-a")
+    before = threading.active_count()
+    with contextlib.ExitStack() as held:
+        for number in range(700):
+            address = (HOST, served.folder.settings.port)
+            plain = socket.create_connection(address, 10, (source, 0))
+            held.enter_context(plain)
+            with contextlib.suppress(OSError):
+                plain.sendall(says_first)
+            if number % 100 == 99:
+                begun = time.monotonic()
+                link = a.connect()
+                assert link.task("waiting", 0) is None
+                assert time.monotonic() - begun < 5
+                link.close()
+        assert threading.active_count() - before < lobby.MOST_WAITING + 50
+
+
+def test_dripping_handshake_has_an_end(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then gains no time."""
+    monkeypatch.setattr(listener, "_HANDSHAKE", 1.0)
+    begun = time.monotonic()
+    with (
+        socket.create_connection((HOST, served.folder.settings.port), 10) as plain,
+        contextlib.suppress(OSError),
+    ):
+        plain.sendall(b"\x16\x03\x01\x40\x00")
+        while time.monotonic() - begun < 10:
+            plain.sendall(b"\x01")
+            time.sleep(0.05)
+    assert time.monotonic() - begun < 5
 
 
 def resident() -> int:
