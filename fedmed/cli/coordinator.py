@@ -259,6 +259,8 @@ def _show(status: Status) -> None:
     from fedmed.report.tables import plain_table, print_table
 
     print(f"study {status.study}, plan {status.plan[:16]}")
+    for warning in status.warnings:
+        print(f"warning: {warning}")
     print_table(
         plain_table(
             ("site", "state", "seen", "phase", "updates", "refused", "rejected", "MB in",

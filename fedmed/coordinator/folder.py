@@ -198,6 +198,33 @@ def create_study(
     return folder
 
 
+def certificates_ending(folder: StudyFolder) -> tuple[str, ...]:
+    """Warnings of certificates that end soon, or have ended.
+
+    Raises:
+        ConfigError, TrustError: a certificate's file cannot be read.
+    """
+    keys, own = folder.path / "keys", folder.settings.tls_certificate is not None
+    renew = "fedmed coordinator renew, then restart serve"
+    files = {
+        "server": (folder.tls[0], f"replace {folder.tls[0]}, then restart serve" if own else renew),
+        "task-signing": (keys / "signing.crt", renew),
+        "authority's": (keys / "authority.crt", "only a new study helps"),
+    }
+    found = []
+    for name, (path, remedy) in files.items():
+        try:
+            left = certificates.days_left(certificates.load(path.read_bytes()))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {path}: {error.strerror}", "correct study.toml, or restore the file"
+            ) from error
+        if left < certificates.SOON:
+            when = f"ends in {left:.0f} days" if left > 0 else "has ended"
+            found.append(f"the {name} certificate {when}: {remedy}")
+    return tuple(found)
+
+
 def renew_certificates(folder: StudyFolder) -> None:
     """New server and signing keys from the study's authority; sites go on without a change."""
     keys = folder.path / "keys"

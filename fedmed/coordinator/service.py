@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
 from fedmed.audit.log import AuditLog, open_soon
-from fedmed.coordinator.folder import StudyFolder
+from fedmed.coordinator.folder import StudyFolder, certificates_ending
 from fedmed.coordinator.run import StudyRun
 from fedmed.errors import (
     AuditError,
@@ -29,6 +30,7 @@ _TICK: Final = 0.5  # seconds between looks for an operator's wishes
 RETRIES: Final = 8
 """Times that a run is tried again after a round without quorum or a full disk."""
 _FIRST_WAIT: Final = 5.0
+_DAY: Final = 86400.0  # seconds between warnings
 _LONGEST_WAIT: Final = 300.0
 _PASSING: Final = (QuorumNotMet, CheckpointError, AuditError, StoreError)
 _log = logging.getLogger(__name__)
@@ -65,8 +67,12 @@ class StudyService:
             log.append("service-started", port=port)
             if ready is not None:
                 ready.set()
+            warned = -_DAY
             try:
                 while not self._stop.wait(_TICK):
+                    if time.monotonic() - warned > _DAY:
+                        warned = time.monotonic()
+                        self._warn()
                     try:
                         self._folder.flush_events(log)
                         self._look_for_work(log)
@@ -79,6 +85,14 @@ class StudyService:
                     self._worker.join()
                 with suppress(AuditError):
                     log.append("service-stopped")
+
+    def _warn(self) -> None:
+        """Of certificates that end soon; a file that cannot be read is no reason to stop."""
+        try:
+            for warning in certificates_ending(self._folder):
+                _log.warning("%s", warning)
+        except FedmedError as error:
+            _log.warning("%s", error)
 
     @contextmanager
     def _listening(self, log: AuditLog) -> Iterator[int]:

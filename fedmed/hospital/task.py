@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from fedmed.audit.log import AuditLog
 from fedmed.errors import (
+    CheckpointError,
     ConfigError,
     FedmedError,
     PolicyRefused,
@@ -19,6 +20,7 @@ from fedmed.errors import (
 from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.payload import check_payload
 from fedmed.hospital.folder import HospitalFolder
+from fedmed.hospital.signers import check_newest
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, seal, unseal
 from fedmed.types import Refusal
@@ -153,12 +155,16 @@ def receive(folder: HospitalFolder, audit: AuditLog, sealed: bytes) -> Work:
 
     Raises:
         TrustError: nobody vouches for it: it is not even answered.
+        LocalFault: the disk fails.
+        ConfigError: the site's state is damaged.
     """
     try:
         statement = _vouched(folder, sealed)
     except TrustError as error:
         audit.append("task-refused", code="not-vouched-for", reason=str(error))
         raise
+    except CheckpointError as error:
+        raise LocalFault(error.problem, error.remedy) from error
     audit.append(
         "task-received", run=statement.run, round=statement.round, bytes=statement.size,
         sha256=statement.payload, coordinator_seq=statement.log_seq,
@@ -175,6 +181,7 @@ def _vouched(folder: HospitalFolder, sealed: bytes) -> TaskStatement:
         raise TrustError(
             "the task is meant for another study or site", "ask the coordinator's staff"
         )
+    check_newest(folder.state / "signer", signer)
     return statement
 
 

@@ -67,6 +67,7 @@ class SiteLink:
     Attributes:
         written: bytes written so far, before encryption.
         date: the coordinator's clock as its last answer told (HTTP ``Date``), or an empty text.
+        ends: when the certificate that it showed last ends, seconds since 1970; None before.
     """
 
     def __init__(
@@ -81,12 +82,13 @@ class SiteLink:
         self._identity = identity
         self._rate = bytes_per_second
         self._tap = tap
-        self._connection: http.client.HTTPSConnection | None = None
+        self._connection: _Connection | None = None
         self._response: http.client.HTTPResponse | None = None
         self._waiting = False
         self._hung_up = False
         self.written = 0
         self.date = ""
+        self.ends: float | None = None
 
     def task(self, phase: str, wait: float) -> bytes | None:
         """The sealed statement of the task that waits for this site, or None.
@@ -262,6 +264,7 @@ class SiteLink:
         for name, value in {"User-Agent": f"fedmed/{__version__}", **headers}.items():
             connection.putheader(name, value)
         connection.endheaders()
+        self.ends = connection.ends
         begun, sent = time.monotonic(), 0
         for piece in body():
             connection.send(piece)
@@ -331,6 +334,12 @@ class _Connection(http.client.HTTPSConnection):
     ) -> None:
         super().__init__(host, port, timeout=_TIMEOUT, context=context)
         self._tap = tap
+        self.ends: float | None = None
+
+    def connect(self) -> None:
+        super().connect()
+        shown: dict[str, Any] = self.sock.getpeercert() or {}
+        self.ends = ssl.cert_time_to_seconds(shown["notAfter"])
 
     def send(self, data: Any) -> None:
         self._tap(data)
