@@ -27,7 +27,8 @@ from fedmed.federation.link.desk import Desk
 from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.payload import read_payload
-from fedmed.federation.link.store import RunState, Store
+from fedmed.federation.link.rows import RunState
+from fedmed.federation.link.store import Store
 from fedmed.federation.study import FORMAT, Preparation, StudyPlan
 from fedmed.federation.summary_table import BUFFER
 from fedmed.hospital.folder import HospitalFolder, create_site

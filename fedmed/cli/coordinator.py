@@ -214,7 +214,8 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _wait_for(store: object, run: str) -> int:
-    from fedmed.federation.link.store import RunState, Store
+    from fedmed.federation.link.rows import RunState
+    from fedmed.federation.link.store import Store
 
     assert isinstance(store, Store)  # noqa: S101 - narrows the type
     while True:

@@ -14,8 +14,8 @@ from fedmed.federation.evaluation_round import EvaluationReport
 from fedmed.federation.files import write_atomic
 from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.payload import check_payload
+from fedmed.federation.link.rows import RunState, SiteState
 from fedmed.federation.link.spool import drop_answers
-from fedmed.federation.link.store import RunState, SiteState
 from fedmed.federation.server_app import run_server_app
 from fedmed.federation.state import BackgroundCheckpoints, ServerState
 from fedmed.federation.strategies import STRATEGIES, make_strategy

@@ -23,7 +23,7 @@ from fedmed.errors import (
 )
 from fedmed.federation.link.desk import Desk
 from fedmed.federation.link.listener import Listener
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.rows import RunState
 from fedmed.trust.statements import AnswerStatement
 
 _TICK: Final = 0.5  # seconds between looks for an operator's wishes

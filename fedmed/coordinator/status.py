@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedmed.coordinator.folder import StudyFolder, certificates_ending
 from fedmed.federation.link.grid import CONNECTED
-from fedmed.federation.link.store import RunState, SiteState
+from fedmed.federation.link.rows import RunState, SiteState
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.link import grid as grid_module
 from fedmed.federation.link import store as store_module
 from fedmed.federation.link.payload import check_payload, read_payload
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.rows import RunState
 from fedmed.federation.state import Checkpoints, read_weights
 from fedmed.trust.statements import TaskStatement, peek
 from fedmed.types import Split

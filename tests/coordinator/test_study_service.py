@@ -18,7 +18,7 @@ from fedmed.coordinator.folder import StudyFolder, renew_certificates
 from fedmed.coordinator.service import RETRIES, StudyService
 from fedmed.coordinator.status import study_status
 from fedmed.errors import AuditError, CheckpointError, ConfigError, LinkError
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.rows import RunState
 from fedmed.federation.state import Checkpoints
 from fedmed.trust import certificates
 

@@ -31,7 +31,7 @@ from fedmed.errors import PolicyRefused
 from fedmed.federation import client_app
 from fedmed.federation.gate import Gate, Progress
 from fedmed.federation.link.payload import read_payload
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.rows import RunState
 from fedmed.federation.messages import CONFIG, answer, to_array_record
 from fedmed.hospital import service as hospital_service
 from fedmed.hospital.folder import HospitalFolder

@@ -24,7 +24,7 @@ from fedmed.coordinator.service import StudyService
 from fedmed.federation import client_app
 from fedmed.federation.link import exchange
 from fedmed.federation.link.outgoing import Payload
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.rows import RunState
 from fedmed.federation.messages import METRICS, values_of
 from fedmed.hospital import service as hospital_service
 from fedmed.hospital import task as hospital_task

@@ -38,7 +38,7 @@ from fedmed.federation.coordinator import Coordinator, RunPlan, SiteSlot
 from fedmed.federation.link import listener, lobby
 from fedmed.federation.link.desk import Desk
 from fedmed.federation.link.payload import make_payload, read_payload
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.rows import RunState
 from fedmed.federation.state import Checkpoints, ServerState
 from fedmed.federation.strategies import make_strategy
 from fedmed.hospital.folder import make_identity

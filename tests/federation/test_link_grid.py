@@ -16,7 +16,7 @@ from fedmed.federation import messages
 from fedmed.federation.link import grid as grid_module
 from fedmed.federation.link.grid import CONNECTED
 from fedmed.federation.link.payload import make_payload
-from fedmed.federation.link.store import PAUSED
+from fedmed.federation.link.rows import PAUSED
 from fedmed.trust import certificates
 from fedmed.trust.statements import TaskStatement, peek, unseal
 

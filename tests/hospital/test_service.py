@@ -28,7 +28,8 @@ from fedmed.errors import (
 from fedmed.federation.link import store as store_module
 from fedmed.federation.link.client import Address, SiteLink
 from fedmed.federation.link.listener import Listener
-from fedmed.federation.link.store import OVERLAP, PAUSED
+from fedmed.federation.link.rows import PAUSED
+from fedmed.federation.link.store import OVERLAP
 from fedmed.hospital import service as service_module
 from fedmed.hospital import task as task_module
 from fedmed.hospital.folder import HospitalFolder, replace_key

@@ -22,7 +22,7 @@ from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.gate import Progress
 from fedmed.federation.link import client as client_module
 from fedmed.federation.link import listener as listener_module
-from fedmed.federation.link.store import RunState, TaskRow
+from fedmed.federation.link.rows import RunState, TaskRow
 from fedmed.hospital import checks_folder, checks_machine
 from fedmed.hospital.check import check_site
 from fedmed.hospital.checks_machine import package_hash

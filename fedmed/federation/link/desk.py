@@ -10,8 +10,9 @@ from typing import Final
 
 from fedmed.errors import FedmedError, LinkRefused, TrustError
 from fedmed.federation.link.outgoing import Payload, Shelf
+from fedmed.federation.link.rows import TaskRow
 from fedmed.federation.link.spool import Body, keep_answer
-from fedmed.federation.link.store import Store, TaskRow
+from fedmed.federation.link.store import Store
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, unseal
 

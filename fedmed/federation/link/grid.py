@@ -22,7 +22,8 @@ from fedmed.errors import FedmedError, RunStopped
 from fedmed.federation.flower import RUN_ID, identify
 from fedmed.federation.link.outgoing import Payload, Shelf
 from fedmed.federation.link.payload import make_payload, read_payload
-from fedmed.federation.link.store import PAUSED, RunState, SiteState, Store, TaskRow
+from fedmed.federation.link.rows import PAUSED, RunState, SiteState, TaskRow
+from fedmed.federation.link.store import Store
 from fedmed.federation.messages import is_refusal, round_of
 from fedmed.trust.keys import SigningKey
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, seal
