@@ -40,7 +40,7 @@ from fedmed.coordinator.enrolment import admit, invite
 from fedmed.coordinator.folder import StudyFolder, create_study
 from fedmed.errors import FedmedError
 from fedmed.federation.files import PIECE, lay_out
-from fedmed.federation.link.client import SiteLink
+from fedmed.federation.link.client import SPARE, SiteLink
 from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.payload import read_payload
 from fedmed.federation.study import FORMAT, Preparation, StudyPlan
@@ -158,6 +158,7 @@ class Double:
         watch.lap("hash")
         self._link.answer(seal(answer, self._key), payload)
         watch.lap("send")
+        inbox.replace(inbox.with_name(SPARE))  # as a hospital does with what it has answered
         with (self._folder.path / LAPS).open("a") as file:
             file.write(json.dumps(watch.laps) + "\n")
         return task.round

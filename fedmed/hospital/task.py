@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,7 @@ from fedmed.errors import (
     TrustError,
     UpdateRejected,
 )
+from fedmed.federation.link.client import SPARE
 from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.payload import check_payload
 from fedmed.hospital.folder import HospitalFolder
@@ -97,9 +99,13 @@ class Work:
         return self._seal(payload, code)
 
     def clear(self) -> None:
-        """Nothing of a finished task's files is needed any more."""
+        """Nothing of a finished task's files is needed any more; the next is written over one."""
+        spare = self.path.with_name(SPARE)
+        with suppress(FileNotFoundError):  # it was not even fetched
+            self.path.replace(spare)
         for path in self.path.parent.glob("*"):
-            path.unlink(missing_ok=True)
+            if path != spare:
+                path.unlink(missing_ok=True)
 
     def _fault(self, exchange: Exchange) -> PolicyRefused | None:
         """What is wrong with the payload before anybody acts on it, or None."""

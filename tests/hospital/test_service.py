@@ -192,7 +192,7 @@ def test_answer_repeats_the_coordinators_log_and_tells_the_sites(world):
 def test_nothing_is_left_of_what_was_delivered(world):
     world.issue()
     world.service.join()
-    assert list((world.site.state / "inbox").iterdir()) == []
+    assert [p.name for p in (world.site.state / "inbox").iterdir()] == [".spare"]
 
 
 # ---- the link

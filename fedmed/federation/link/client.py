@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import socket
 import ssl
 import struct
@@ -22,6 +23,8 @@ from fedmed.federation.link.outgoing import Payload
 from fedmed.hashing import PassingHash
 from fedmed.trust.statements import MOST
 
+SPARE: Final = ".spare"
+"""Name of a file that the next payload may be written over."""
 _TIMEOUT: Final = 60.0  # seconds without a byte
 _TELLS: Final = 400  # characters of a refusal that are shown
 
@@ -133,6 +136,8 @@ class SiteLink:
     def fetch(self, sha256: str, size: int, path: Path) -> None:
         """Get a payload into a file; what an earlier try got is not fetched again.
 
+        It is written over a file :data:`SPARE` beside it, if there is one.
+
         Raises:
             TrustError: the content is not what the statement signed.
             OSError: the disk is full.
@@ -144,7 +149,7 @@ class SiteLink:
             part.unlink()
         digest = PassingHash()
         try:
-            with part.open("a+b") as file:
+            with _to_go_on(part) as file:
                 self._fetch_rest(file, sha256, size, digest)
             found = digest.hexdigest()
         finally:
@@ -156,18 +161,17 @@ class SiteLink:
 
     def _fetch_rest(self, file: BinaryIO, sha256: str, size: int, digest: PassingHash) -> None:
         """Append what an earlier try did not get; the hash covers both."""
+        start = file.tell()
         file.seek(0)
-        start = 0
-        while piece := file.read(PIECE):
-            digest.update(piece)
-            start += len(piece)
+        for first in range(0, start, PIECE):
+            digest.update(file.read(min(PIECE, start - first)))
         if start == size:
             return
         headers = {"Range": f"bytes={start}-"} if start else {}
         response = self._send("GET", f"/v1/payload/{sha256}", headers)
         if start and response.status != 206:
             self.close()
-            file.truncate(0)
+            file.seek(0)
             raise Unreachable("the payload cannot be continued", "it is fetched from its beginning")
         rest = size - start
         while rest and (piece := self._read(response, min(PIECE, rest))):
@@ -324,6 +328,32 @@ class SiteLink:
             self.close()
             raise LinkError("the coordinator's answer is too long", "ask its staff")
         return content
+
+
+@contextlib.contextmanager
+def _to_go_on(part: Path) -> Iterator[BinaryIO]:
+    """A partial file, at its end: what is behind the place where the block leaves it is cut off.
+
+    A new one is made of an old file where there is one. As long as old content lies behind the new
+    the file has a name of its own: a crash must not make it pass for what was fetched.
+    """
+    over = part.with_name(".over")
+    if not part.exists():
+        with contextlib.suppress(FileNotFoundError):
+            part.with_name(SPARE).replace(over)
+        path = over if over.exists() else part
+    else:
+        path = part
+    try:
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            if path is part:
+                file.seek(0, os.SEEK_END)
+            try:
+                yield file
+            finally:
+                file.truncate()
+    finally:
+        path.replace(part)
 
 
 class _Connection(http.client.HTTPSConnection):
