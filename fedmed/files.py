@@ -11,22 +11,30 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_writer(path: Path, mode: int = 0o644, *, durable: bool = True) -> Iterator[BinaryIO]:
+def atomic_writer(
+    path: Path, mode: int = 0o644, *, durable: bool = True, over: Path | None = None
+) -> Iterator[BinaryIO]:
     """Open a file that takes its final name only when the block ends well.
 
     On any error the old file stays and nothing is left beside.
 
     Args:
         durable: on disk when the block is left, so that a power cut does not undo it.
+        over: a file in the same folder that may be written over and become the new one, if it
+            is there; it is gone after an error.
 
     Raises:
         OSError: the folder is full, missing or not writable. Callers say whose file it was.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("xb") as file:
+        recycled = over is not None and over.exists()
+        if over is not None and recycled:
+            over.replace(temporary)
+        with temporary.open("r+b" if recycled else "xb") as file:
             os.fchmod(file.fileno(), mode)
             yield file
+            file.truncate()
             file.flush()
             if durable:
                 os.fsync(file.fileno())

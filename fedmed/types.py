@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -345,7 +346,8 @@ class PackedArrays:
     """A model's weights as one flat array a kind and dtype, plus a table.
 
     Flower makes at least two objects and two requests of every array, so hundreds of small
-    tensors can lose a run; a handful of flat ones cannot (DESIGN section 7).
+    tensors can lose a run; a handful of flat ones cannot (DESIGN section 7). Their values do not
+    change: they are hashed once.
     """
 
     table: tuple[TensorEntry, ...]
@@ -364,6 +366,10 @@ class PackedArrays:
 
     def sha256(self) -> str:
         """Hash over table and contents, independent of dict order."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         digest = hashlib.sha256(json.dumps([asdict(e) for e in self.table]).encode())
         for key in sorted(self.buffers):
             digest.update(key.encode())

@@ -3,7 +3,9 @@
 A real ``fedmed coordinator serve`` carries out a run with light doubles of sites: they speak the
 real protocol (fetch, check, sign, answer) and send back what they got instead of training. The
 bare copy sends the same bytes the same ways over TLS sockets, from file to file, without hashes,
-signatures or a coordinator.
+signatures or a coordinator. A round lasts from the end of one to the end of the next: with
+aggregation and durable checkpoint. Copies are made before and after the run, the first of them to
+warm memory up; what is compared are medians.
 
     scripts/bench_link --sites 3 --megabytes 30 --rounds 5
     scripts/bench_link --sites 1 --megabytes 1000 --rounds 3
@@ -17,6 +19,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import ssl
 import statistics
@@ -26,6 +29,7 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +39,9 @@ from fedmed.codec import encode
 from fedmed.coordinator.enrolment import admit, invite
 from fedmed.coordinator.folder import StudyFolder, create_study
 from fedmed.errors import FedmedError
-from fedmed.federation.files import PIECE, save_arrays
-from fedmed.federation.link.client import SiteLink
+from fedmed.federation.files import PIECE, lay_out
+from fedmed.federation.link.client import SPARE, SiteLink
+from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.payload import read_payload
 from fedmed.federation.study import FORMAT, Preparation, StudyPlan
 from fedmed.hospital.folder import HospitalFolder, create_site
@@ -54,6 +59,7 @@ from fedmed.types import (
 )
 
 PORT = 8543
+LAPS = "laps.jsonl"
 _PER_PROCESS = 10  # doubles in one process
 
 
@@ -65,7 +71,10 @@ class Result:
         lost: updates that were asked for and not used.
         peak_mb: the coordinator's peak resident memory; allowed_mb is 3 models and 300 MB.
         round_seconds: median of all rounds but the first.
-        copy_seconds: of the bare copy of one round's bytes.
+        copy_seconds: of the bare copy of one round's bytes, median.
+        phases: median seconds of the coordinator's part of a round, and of a site's within
+            ``sites``.
+        cpu_seconds: of the coordinator's process, a round.
     """
 
     sites: int
@@ -76,7 +85,10 @@ class Result:
     allowed_mb: float
     round_seconds: float
     copy_seconds: float
+    copies: tuple[float, ...]
     ratio: float
+    phases: dict[str, float]
+    cpu_seconds: float
     mb_per_second: float
     machine: str
 
@@ -126,26 +138,44 @@ class Double:
 
     def _answer(self, sealed: bytes) -> int:
         task = peek(TaskStatement, sealed)
-        inbox, outbox = self._folder.state / "in", self._folder.state / "out"
+        inbox = self._folder.state / "in"
+        watch = Stopwatch()
         self._link.fetch(task.payload, task.size, inbox)
+        watch.lap("fetch")
         content = read_payload(inbox)
         values = content.array_records["arrays"]["parameters.float32"].numpy()
         update = ClientUpdate(task.run, task.round, task.site, PackedArrays((), {}), None)
         records = {"config": {"update": encode(update, skip=frozenset({"arrays"}))}}
-        written = save_arrays(
-            outbox,
-            {"parameters.float32": values},
-            {"records": json.dumps(records)},
-            durable=False,
+        payload = Payload.of(
+            lay_out({"parameters.float32": values}, {"records": json.dumps(records)})
         )
         answer = AnswerStatement(
             study=task.study, plan=task.plan, run=task.run, round=task.round, site=task.site,
-            task=hashlib.sha256(sealed).hexdigest(), payload=written.sha256, size=written.size,
+            task=hashlib.sha256(sealed).hexdigest(), payload=payload.sha256, size=payload.size,
             code="", log_seq=task.log_seq, log_head=task.log_head, own_seq=0, own_head="0" * 64,
             issued=int(time.time()),
         )  # fmt: skip
-        self._link.answer(seal(answer, self._key), outbox)
+        watch.lap("hash")
+        self._link.answer(seal(answer, self._key), payload)
+        watch.lap("send")
+        inbox.replace(inbox.with_name(SPARE))  # as a hospital does with what it has answered
+        with (self._folder.path / LAPS).open("a") as file:
+            file.write(json.dumps(watch.laps) + "\n")
         return task.round
+
+
+class Stopwatch:
+    """Seconds between one lap and the next."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """What ends now."""
+        now = time.monotonic()
+        self.laps[name] = now - self._since
+        self._since = now
 
 
 def doubles(paths: list[Path], rounds: int) -> None:
@@ -166,7 +196,9 @@ def peak_memory(pid: int) -> float:
 
 
 def bare_copy(made: StudyFolder, sites: int, size: int, scratch: Path) -> float:
-    """Seconds of the same bytes down and up over TLS, at most ten streams at once."""
+    """Seconds of the same bytes down and up over TLS, every site in a stream of its own."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
     source = scratch / "source"
     with source.open("wb") as file:
         for _ in range(size // PIECE):
@@ -256,46 +288,62 @@ def receive(tls: ssl.SSLSocket, path: Path, size: int) -> None:
             size -= count
 
 
+def seconds_of(log: Path) -> tuple[float, dict[str, float]]:
+    """A round's seconds, and its parts' at the coordinator, by the log's clock."""
+    rounds: list[float] = []
+    parts: dict[str, list[float]] = {"next": [], "sites": [], "adding": []}
+    closed = issued = answered = 0.0
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        at = datetime.fromisoformat(entry["time"]).timestamp()
+        if entry["event"] == "task-issued":
+            issued = at
+        elif entry["event"] == "answer-received":
+            answered = at
+        elif entry["event"] == "round-closed":
+            if closed:
+                rounds.append(at - closed)
+                lasted = (issued - closed, answered - issued, at - answered)
+                for part, seconds in zip(parts.values(), lasted, strict=True):
+                    part.append(seconds)
+            closed = at
+    return statistics.median(rounds), {n: statistics.median(p) for n, p in parts.items()}
+
+
+def laps_of(sites: list[Path]) -> dict[str, float]:
+    """A site's part of a round."""
+    lines = [json.loads(r) for s in sites for r in (s / LAPS).read_text().splitlines()[1:]]
+    return {name: statistics.median(line[name] for line in lines) for name in lines[0]}
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of processor time."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(sites: int, megabytes: float, rounds: int) -> Result:
-    """One run and one copy."""
+    """One run between copies."""
     with tempfile.TemporaryDirectory(prefix="fedmed-link-") as temporary:
         folder = Path(temporary)
         made = study(folder, sites, megabytes, rounds)
-        coordinator = subprocess.Popen(
-            [sys.executable, "-m", "fedmed", "coordinator", "serve", "--study", made.path],
-            stdout=subprocess.DEVNULL,
-        )
-        context = multiprocessing.get_context("spawn")
-        names = [folder / f"s{n:03d}" for n in range(sites)]
-        workers = [
-            context.Process(target=doubles, args=(names[i : i + _PER_PROCESS], rounds))
-            for i in range(0, sites, _PER_PROCESS)
-        ]
-        try:
-            for worker in workers:
-                worker.start()
-            run = made.plan.new_run()
-            made.store.ask_run(run)
-            for worker in workers:
-                worker.join()
-            while (row := made.store.run(run)) is None or row.ended is None:
-                time.sleep(0.05)
-            peak = peak_memory(coordinator.pid)
-        finally:
-            for worker in workers:
-                worker.kill()
-            coordinator.terminate()
-            coordinator.wait()
-        if row.error or row.round != rounds:
-            sys.exit(f"error: the run ended in round {row.round}: {row.error}")
-        lines = (made.run_folder(run) / "metrics.jsonl").read_text().splitlines()
-        whole = [json.loads(line) for line in lines]
-        seconds = [w["seconds"] for w in whole if w["site"] == "global"]
-        used = sum(w["updates"] for w in whole if w["site"] == "global")
-        usual = statistics.median(seconds[1:] or seconds)
         scratch = folder / "scratch"
-        scratch.mkdir()
-        copied = bare_copy(made, sites, made.plan.update_bytes, scratch)
+
+        def copies(count: int) -> list[float]:
+            return [bare_copy(made, sites, made.plan.update_bytes, scratch) for _ in range(count)]
+
+        copied = copies(2)[1:]
+        names = [folder / f"s{n:03d}" for n in range(sites)]
+        run, peak, cpu = carry_out(made, names, rounds)
+        copied += copies(2)
+        row = made.store.run(run)
+        if row is None or row.error or row.round != rounds:
+            sys.exit(f"error: the run did not end well: {row}")
+        lines = (made.run_folder(run) / "metrics.jsonl").read_text().splitlines()
+        used = sum(w["updates"] for w in map(json.loads, lines) if w["site"] == "global")
+        usual, phases = seconds_of(made.audit_path)
+        phases |= laps_of(names)
+    copy = statistics.median(copied)
     return Result(
         sites=sites,
         megabytes=megabytes,
@@ -304,11 +352,42 @@ def measure(sites: int, megabytes: float, rounds: int) -> Result:
         peak_mb=round(peak, 1),
         allowed_mb=3 * megabytes + 300,
         round_seconds=round(usual, 3),
-        copy_seconds=round(copied, 3),
-        ratio=round(usual / copied, 2),
+        copy_seconds=round(copy, 3),
+        copies=tuple(round(c, 2) for c in copied),
+        ratio=round(usual / copy, 2),
+        phases={name: round(seconds, 2) for name, seconds in phases.items()},
+        cpu_seconds=round(cpu / rounds, 2),
         mb_per_second=round(2 * sites * megabytes / usual, 1),
         machine=f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
     )
+
+
+def carry_out(made: StudyFolder, names: list[Path], rounds: int) -> tuple[str, float, float]:
+    """One run: its name, and the coordinator's peak memory in MB and seconds of processor time."""
+    coordinator = subprocess.Popen(
+        [sys.executable, "-m", "fedmed", "coordinator", "serve", "--study", made.path],
+        stdout=subprocess.DEVNULL,
+    )
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=doubles, args=(names[i : i + _PER_PROCESS], rounds))
+        for i in range(0, len(names), _PER_PROCESS)
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        run = made.plan.new_run()
+        made.store.ask_run(run)
+        for worker in workers:
+            worker.join()
+        while (row := made.store.run(run)) is None or row.ended is None:
+            time.sleep(0.05)
+        return run, peak_memory(coordinator.pid), cpu_of(coordinator.pid)
+    finally:
+        for worker in workers:
+            worker.kill()
+        coordinator.terminate()
+        coordinator.wait()
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from fedmed.cli.main import main as command
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.errors import StoreError
 from fedmed.federation.link.client import SiteLink
-from fedmed.federation.link.store import RunRow, RunState
+from fedmed.federation.link.rows import RunRow, RunState
 from fedmed.privacy.ledger import Ledger
 
 SITES = ("north", "south", "west")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from flwr.app import Message, RecordDict
+from payloads import bytes_of
 
 from fedmed import __version__
 from fedmed.codec import decode, encode
@@ -20,11 +21,13 @@ from fedmed.coordinator.folder import StudyFolder, create_study
 from fedmed.errors import LinkRefused
 from fedmed.federation import messages
 from fedmed.federation.evaluation_task import EvaluationUpdate
-from fedmed.federation.files import Written, save_arrays
+from fedmed.federation.files import lay_out
 from fedmed.federation.link.desk import Desk
 from fedmed.federation.link.grid import Issuer, LinkGrid
+from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.payload import read_payload
-from fedmed.federation.link.store import RunState, Store
+from fedmed.federation.link.rows import RunState
+from fedmed.federation.link.store import Store
 from fedmed.federation.study import FORMAT, Preparation, StudyPlan
 from fedmed.federation.summary_table import BUFFER
 from fedmed.hospital.folder import HospitalFolder, create_site
@@ -108,7 +111,7 @@ def make_desk(
     on_rejected: Callable[[str, int, str], object] = lambda *_: None,
 ) -> Desk:
     return Desk(
-        folder.store, folder.spool, folder.plan.update_bytes, on_answer, on_rejected,
+        folder.store, folder.shelf, folder.spool, folder.plan.update_bytes, on_answer, on_rejected,
         lambda *_: None,
     )  # fmt: skip
 
@@ -120,14 +123,14 @@ def step(task: TaskStatement, arrays: PackedArrays) -> PackedArrays:
     return PackedArrays(TABLE, {PARAMS: moved, COUNTS: arrays.buffers[COUNTS] + 1})
 
 
-def update_content(task: TaskStatement, arrays: PackedArrays, path: Path) -> Written:
+def update_content(task: TaskStatement, arrays: PackedArrays) -> Payload:
     """An update's payload, as a site writes it."""
     update = ClientUpdate(task.run, task.round, task.site, PackedArrays((), {}), None)
     records = {"config": {"update": encode(update, skip=frozenset({"arrays"}))}}
-    return save_arrays(path, arrays.buffers, {"records": json.dumps(records)})
+    return Payload.of(lay_out(arrays.buffers, {"records": json.dumps(records)}))
 
 
-def figures_content(plan: StudyPlan, task: TaskStatement, path: Path) -> Written:
+def figures_content(plan: StudyPlan, task: TaskStatement) -> Payload:
     """The sums of a site which follow from its name, without noise."""
     rng = np.random.default_rng([*task.site.encode()])
     parts = []
@@ -140,23 +143,23 @@ def figures_content(plan: StudyPlan, task: TaskStatement, path: Path) -> Written
     sums = np.concatenate([p.reshape(-1) for p in parts]).astype(np.int64)
     facts = EvaluationUpdate(task.run, task.round, task.site, PackedArrays((), {}), None, 10, 4)
     records = {"config": {"evaluation": encode(facts, skip=frozenset({"arrays"}))}}
-    return save_arrays(path, {BUFFER: sums}, {"records": json.dumps(records)})
+    return Payload.of(lay_out({BUFFER: sums}, {"records": json.dumps(records)}))
 
 
-def refusal_content(task: TaskStatement, code: str, path: Path) -> Written:
+def refusal_content(task: TaskStatement, code: str) -> Payload:
     refusal = Refusal(task.run, task.round, task.site, code, "not today")
     records = {"config": {"refusal": encode(refusal)}}
-    return save_arrays(path, {}, {"records": json.dumps(records)})
+    return Payload.of(lay_out({}, {"records": json.dumps(records)}))
 
 
 def seal_answer(
-    sealed: bytes, written: Written, key: SigningKey, code: str = "", **changes: object
+    sealed: bytes, payload: Payload, key: SigningKey, code: str = "", **changes: object
 ) -> bytes:
     task = peek(TaskStatement, sealed)
     facts = {
         "study": task.study, "plan": task.plan, "run": task.run, "round": task.round,
-        "site": task.site, "task": hashlib.sha256(sealed).hexdigest(), "payload": written.sha256,
-        "size": written.size, "code": code, "log_seq": task.log_seq, "log_head": task.log_head,
+        "site": task.site, "task": hashlib.sha256(sealed).hexdigest(), "payload": payload.sha256,
+        "size": payload.size, "code": code, "log_seq": task.log_seq, "log_head": task.log_head,
         "own_seq": 0, "own_head": "0" * 64, "issued": int(time.time()),
     }  # fmt: skip
     return seal(AnswerStatement(**{**facts, **changes}), key)
@@ -181,26 +184,25 @@ class Site:
 
     def answer(self, desk: Desk, sealed: bytes) -> bool:
         task = peek(TaskStatement, sealed)
-        path, size = desk.payload_for(self.name, task.payload)
-        assert path.stat().st_size == size == task.size
-        out = self.folder.path.parent / f"{self.name}.out"
+        sent = desk.payload_for(self.name, task.payload)
+        assert (sent.sha256, sent.size) == (task.payload, task.size)
+        inbox = self.folder.path.parent / f"{self.name}.in"
+        inbox.write_bytes(bytes_of(sent))
         code = self.refuses(task)
         if code:
-            written = refusal_content(task, code, out)
+            payload = refusal_content(task, code)
         else:
             if (task.round, task.payload) not in self.trained:
                 self.trained.append((task.round, task.payload))
-            record = read_payload(path).array_records["arrays"]
+            record = read_payload(inbox).array_records["arrays"]
             arrays = PackedArrays(TABLE, {k: v.numpy() for k, v in record.items()})
             if task.round > self.folder.plan.rounds:
-                written = figures_content(self.folder.plan, task, out)
+                payload = figures_content(self.folder.plan, task)
             else:
-                written = update_content(task, step(task, arrays), out)
-        answer = seal_answer(sealed, written, self.key, code)
+                payload = update_content(task, step(task, arrays))
+        answer = seal_answer(sealed, payload, self.key, code)
         try:
-            return desk.take_answer(
-                self.name, answer, BytesIO(out.read_bytes()), written.size
-            )  # fmt: skip
+            return desk.take_answer(self.name, answer, BytesIO(bytes_of(payload)), payload.size)
         except LinkRefused:
             return False
 
@@ -238,14 +240,14 @@ class Bench:
         self.store.set_run(RUN, RunState.RUNNING)
         self.folder.spool(RUN).mkdir(parents=True)
 
-    def grid(self, nodes=NODES, patience=30.0):
+    def grid(self, nodes=NODES, patience=30.0, settle=lambda: None):
         issuer = Issuer(
             "demo", self.folder.plan.sha256(), self.folder.signing_key,
             certificates.pem(self.folder.signer).decode(), lambda: (7, "7" * 64),
         )  # fmt: skip
         return LinkGrid(
-            RUN, self.store, nodes, issuer, self.folder.spool(RUN), patience, self.stop,
-            self.issued.append,
+            RUN, self.store, nodes, issuer, self.folder.shelf, self.folder.spool(RUN), patience,
+            self.stop, settle, self.issued.append,
         )  # fmt: skip
 
     def requests(self, round_=1, value=0.0, nodes=NODES):

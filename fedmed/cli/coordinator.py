@@ -214,7 +214,8 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _wait_for(store: object, run: str) -> int:
-    from fedmed.federation.link.store import RunState, Store
+    from fedmed.federation.link.rows import RunState
+    from fedmed.federation.link.store import Store
 
     assert isinstance(store, Store)  # noqa: S101 - narrows the type
     while True:
@@ -259,6 +260,8 @@ def _show(status: Status) -> None:
     from fedmed.report.tables import plain_table, print_table
 
     print(f"study {status.study}, plan {status.plan[:16]}")
+    for warning in status.warnings:
+        print(f"warning: {warning}")
     print_table(
         plain_table(
             ("site", "state", "seen", "phase", "updates", "refused", "rejected", "MB in",

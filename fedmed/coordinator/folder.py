@@ -16,6 +16,7 @@ from fedmed.audit.log import AuditLog, LogHeld
 from fedmed.config.toml import read_toml
 from fedmed.errors import ConfigError
 from fedmed.federation.files import write_atomic
+from fedmed.federation.link.outgoing import Shelf
 from fedmed.federation.link.store import Store
 from fedmed.federation.state import read_weights, write_weights
 from fedmed.federation.study import StudyPlan, read_plan
@@ -93,6 +94,11 @@ class StudyFolder:
         return Store(self.path / "study.db")
 
     @cached_property
+    def shelf(self) -> Shelf:
+        """Payloads that this process has laid out for the sites."""
+        return Shelf()
+
+    @cached_property
     def signing_key(self) -> SigningKey:
         """The key that signs tasks. Raises TrustError."""
         return SigningKey.load(self.path / "keys" / "signing.key")
@@ -130,7 +136,7 @@ class StudyFolder:
         return self.path / "runs" / run
 
     def spool(self, run: str) -> Path:
-        """Payloads of one run."""
+        """Answers' payloads of one run."""
         return self.run_folder(run) / "spool"
 
     def initial(self) -> PackedArrays:
@@ -190,6 +196,33 @@ def create_study(
     folder = StudyFolder(path)
     folder.note("study-created", study=plan.study, plan=plan.sha256(), fedmed=plan.fedmed)
     return folder
+
+
+def certificates_ending(folder: StudyFolder) -> tuple[str, ...]:
+    """Warnings of certificates that end soon, or have ended.
+
+    Raises:
+        ConfigError, TrustError: a certificate's file cannot be read.
+    """
+    keys, own = folder.path / "keys", folder.settings.tls_certificate is not None
+    renew = "fedmed coordinator renew, then restart serve"
+    files = {
+        "server": (folder.tls[0], f"replace {folder.tls[0]}, then restart serve" if own else renew),
+        "task-signing": (keys / "signing.crt", renew),
+        "authority's": (keys / "authority.crt", "only a new study helps"),
+    }
+    found = []
+    for name, (path, remedy) in files.items():
+        try:
+            left = certificates.days_left(certificates.load(path.read_bytes()))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {path}: {error.strerror}", "correct study.toml, or restore the file"
+            ) from error
+        if left < certificates.SOON:
+            when = f"ends in {left:.0f} days" if left > 0 else "has ended"
+            found.append(f"the {name} certificate {when}: {remedy}")
+    return tuple(found)
 
 
 def renew_certificates(folder: StudyFolder) -> None:

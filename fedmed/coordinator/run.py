@@ -14,10 +14,11 @@ from fedmed.federation.evaluation_round import EvaluationReport
 from fedmed.federation.files import write_atomic
 from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.payload import check_payload
-from fedmed.federation.link.store import RunState, SiteState
+from fedmed.federation.link.rows import RunState, SiteState
+from fedmed.federation.link.spool import drop_answers
 from fedmed.federation.server_app import run_server_app
-from fedmed.federation.state import Checkpoints, ServerState
-from fedmed.federation.strategies import make_strategy
+from fedmed.federation.state import BackgroundCheckpoints, ServerState
+from fedmed.federation.strategies import STRATEGIES, make_strategy
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek
 from fedmed.types import PackedArrays
@@ -42,6 +43,7 @@ class StudyRun:
         self._store = folder.store
         self._path = folder.run_folder(run)
         self._issuing = 0
+        self._averages = STRATEGIES[folder.plan.strategy].averages
 
     def go(self) -> None:
         """Run to the last round and write the result.
@@ -51,7 +53,7 @@ class StudyRun:
             QuorumNotMet, FederationError, CheckpointError: it cannot go on for now.
         """
         plan = self._plan
-        checkpoints = Checkpoints(self._path / "checkpoints", plan.sha256())
+        checkpoints = BackgroundCheckpoints(self._path / "checkpoints", plan.sha256())
 
         def begin() -> ServerState:
             state = checkpoints.latest() or ServerState(0, self._folder.initial())
@@ -77,14 +79,16 @@ class StudyRun:
             evaluation=plan.evaluation,
         )
         grid = LinkGrid(
-            self._run, self._store, nodes, self._issuer(), self._folder.spool(self._run),
-            plan.round_deadline, self._stop, self._issued,
+            self._run, self._store, nodes, self._issuer(), self._folder.shelf,
+            self._folder.spool(self._run), plan.round_deadline, self._stop, checkpoints.settle,
+            self._issued,
         )  # fmt: skip
-        final = run_server_app(
-            lambda g: Coordinator(g, strategy, run_plan, checkpoints, [self], self._evaluated),
-            grid,
-            begin,
-        )
+        with checkpoints:
+            final = run_server_app(
+                lambda g: Coordinator(g, strategy, run_plan, checkpoints, [self], self._evaluated),
+                grid,
+                begin,
+            )
         self._finish(final)
 
     def round_done(self, state: ServerState, report: RoundReport) -> None:
@@ -138,24 +142,22 @@ class StudyRun:
         if task.round != self._issuing:
             # Its predecessors' weights are in a checkpoint by now.
             self._issuing = task.round
-            self._forget(task.round)
+            # Where only their mean is in those, nothing shows what the answers' files hold.
+            self._forget(task.round, recycle=self._averages)
         self._log.append(
             "task-issued", run=task.run, round=task.round, site=task.site, bytes=task.size,
             sha256=task.payload, told_seq=task.log_seq,
         )  # fmt: skip
 
-    def _forget(self, round_: int) -> None:
-        """Drop payloads that no restart can come back to."""
+    def _forget(self, round_: int, *, recycle: bool = False) -> None:
+        """Drop answers that no restart can come back to."""
         self._store.forget_tasks(self._run, round_)
-        needed = {t.payload for t in self._store.tasks(self._run)}
-        needed |= {
+        needed = {
             peek(AnswerStatement, t.answer).payload
             for t in self._store.tasks(self._run)
             if t.answer
         }
-        for path in self._folder.spool(self._run).iterdir():
-            if path.name not in needed and not path.name.startswith("."):
-                path.unlink(missing_ok=True)
+        drop_answers(self._folder.spool(self._run), needed, recycle=recycle)
 
     def _check_answers(self, round_: int) -> None:
         """Ask again for what the open round lacks: refusals, and answers torn by a crash."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
 from fedmed.audit.log import AuditLog, open_soon
-from fedmed.coordinator.folder import StudyFolder
+from fedmed.coordinator.folder import StudyFolder, certificates_ending
 from fedmed.coordinator.run import StudyRun
 from fedmed.errors import (
     AuditError,
@@ -22,13 +23,14 @@ from fedmed.errors import (
 )
 from fedmed.federation.link.desk import Desk
 from fedmed.federation.link.listener import Listener
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.rows import RunState
 from fedmed.trust.statements import AnswerStatement
 
 _TICK: Final = 0.5  # seconds between looks for an operator's wishes
 RETRIES: Final = 8
 """Times that a run is tried again after a round without quorum or a full disk."""
 _FIRST_WAIT: Final = 5.0
+_DAY: Final = 86400.0  # seconds between warnings
 _LONGEST_WAIT: Final = 300.0
 _PASSING: Final = (QuorumNotMet, CheckpointError, AuditError, StoreError)
 _log = logging.getLogger(__name__)
@@ -65,8 +67,12 @@ class StudyService:
             log.append("service-started", port=port)
             if ready is not None:
                 ready.set()
+            warned = -_DAY
             try:
                 while not self._stop.wait(_TICK):
+                    if time.monotonic() - warned > _DAY:
+                        warned = time.monotonic()
+                        self._warn()
                     try:
                         self._folder.flush_events(log)
                         self._look_for_work(log)
@@ -79,6 +85,14 @@ class StudyService:
                     self._worker.join()
                 with suppress(AuditError):
                     log.append("service-stopped")
+
+    def _warn(self) -> None:
+        """Of certificates that end soon; a file that cannot be read is no reason to stop."""
+        try:
+            for warning in certificates_ending(self._folder):
+                _log.warning("%s", warning)
+        except FedmedError as error:
+            _log.warning("%s", error)
 
     @contextmanager
     def _listening(self, log: AuditLog) -> Iterator[int]:
@@ -98,7 +112,13 @@ class StudyService:
 
         folder, settings = self._folder, self._folder.settings
         desk = Desk(
-            self._store, folder.spool, folder.plan.answer_bytes, answered, rejected, replaced
+            self._store,
+            folder.shelf,
+            folder.spool,
+            folder.plan.answer_bytes,
+            answered,
+            rejected,
+            replaced,
         )
         certificate, key, _ = folder.tls
         try:
@@ -129,6 +149,12 @@ class StudyService:
 
     def _carry_out(self, run: str, log: AuditLog) -> None:
         """One run to its end; a fault that may pass is waited out."""
+        try:
+            self._persist(run, log)
+        finally:
+            self._folder.shelf.clear()
+
+    def _persist(self, run: str, log: AuditLog) -> None:
         wait = _FIRST_WAIT
         for left in range(RETRIES, -1, -1):
             error = self._try(run, log)

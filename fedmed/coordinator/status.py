@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from fedmed.coordinator.folder import StudyFolder
+from fedmed.coordinator.folder import StudyFolder, certificates_ending
 from fedmed.federation.link.grid import CONNECTED
-from fedmed.federation.link.store import RunState, SiteState
+from fedmed.federation.link.rows import RunState, SiteState
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,15 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A study."""
+    """A study.
+
+    Attributes:
+        warnings: what somebody has to see to, in plain words.
+    """
 
     study: str
     plan: str
+    warnings: tuple[str, ...]
     sites: tuple[SiteStatus, ...]
     runs: tuple[RunStatus, ...]
 
@@ -103,4 +108,4 @@ def study_status(folder: StudyFolder) -> Status:
         )
         for r in store.runs()
     )
-    return Status(plan.study, plan.sha256(), sites, runs)
+    return Status(plan.study, plan.sha256(), certificates_ending(folder), sites, runs)

@@ -110,11 +110,11 @@ def evaluation_request(config: Config) -> EvaluationRequest | None:
     """
     asked = config.evaluation
     if not asked.figures:
-        for key, value in (("groups", asked.groups), ("target_epsilon", asked.target_epsilon)):
-            if value:  # it would be ignored, and missed when the run is over
+        for name, given in (("groups", asked.groups), ("target_epsilon", asked.target_epsilon)):
+            if given:  # it would be ignored, and missed when the run is over
                 raise ConfigError(
-                    f"evaluation.{key} is given and no figures are asked for",
-                    f"set evaluation.figures=true, or leave evaluation.{key} out",
+                    f"evaluation.{name} is given and no figures are asked for",
+                    f"set evaluation.figures=true, or leave evaluation.{name} out",
                 )
         return None
     groups = tuple(_group_column(column, values) for column, values in asked.groups.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from fedmed.errors import FederationError
 from fedmed.federation import messages
 from fedmed.federation.strategies.registry import averages, is_plain_mean
 from fedmed.federation.validation import squared_norm
+from fedmed.federation.workspace import Workspace
 from fedmed.types import ClientUpdate, PackedArrays
 
 _PIECE = 1 << 18  # elements added at once: a product of a whole model would be one more model
@@ -38,9 +39,13 @@ class RunningMean:
     """The weighted mean of flat arrays, in the order in which they come.
 
     Floats are summed in their own type, as Flower's strategies do; integers in float64.
+
+    Args:
+        workspace: where the sums' memory comes from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
         self._sums: dict[str, NDArray[Any]] = {}
         self._total = 0.0
 
@@ -48,11 +53,15 @@ class RunningMean:
         """Add arrays; every call has the same names and shapes."""
         self._total += weight
         for key, values in buffers.items():
-            kind = values.dtype if values.dtype.kind == "f" else np.dtype(np.float64)
-            sums = self._sums.setdefault(key, np.zeros(values.shape, kind))
-            for first in range(0, len(values), _PIECE):
-                piece = slice(first, first + _PIECE)
-                sums[piece] += np.multiply(values[piece], weight, dtype=kind)
+            sums = self._sums.get(key)
+            if sums is None:
+                kind = values.dtype if values.dtype.kind == "f" else np.dtype(np.float64)
+                sums = self._sums[key] = self._workspace.empty(values.shape, kind)
+                for piece in _pieces(len(values)):
+                    np.multiply(values[piece], weight, out=sums[piece], dtype=kind)
+                continue
+            for piece in _pieces(len(values)):
+                sums[piece] += np.multiply(values[piece], weight, dtype=sums.dtype)
 
     def take(self) -> dict[str, NDArray[Any]]:
         """The means; the sums are gone afterwards."""
@@ -68,9 +77,9 @@ class MeanAggregation:
     The memory needed does not grow with the number of sites.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, workspace: Workspace) -> None:
         self._strategy = strategy
-        self._mean = RunningMean()
+        self._mean = RunningMean(workspace)
         self._reply: Message | None = None
         self._weight = 0.0
         self._count = 0
@@ -99,9 +108,9 @@ class MeanAggregation:
 class FullAggregation:
     """For strategies that compare the updates with one another (medians, Krum): all are kept."""
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, workspace: Workspace) -> None:
         self._strategy = strategy
-        self._mean = RunningMean()
+        self._mean = RunningMean(workspace)
         self._clean: list[Message] = []
 
     def add(self, reply: Message, update: ClientUpdate, weight: float) -> None:
@@ -118,13 +127,18 @@ class FullAggregation:
         return _checked(means, round_, current)
 
 
-def make_aggregation(strategy: Strategy) -> Aggregation:
+def make_aggregation(strategy: Strategy, workspace: Workspace) -> Aggregation:
     """What one round of a strategy needs.
 
     Server optimisers never step on BatchNorm statistics: a variance moved by Adam can turn
     negative. Buffers are averaged by the plan's weights whatever the strategy does.
     """
-    return MeanAggregation(strategy) if averages(strategy) else FullAggregation(strategy)
+    kind = MeanAggregation if averages(strategy) else FullAggregation
+    return kind(strategy, workspace)
+
+
+def _pieces(length: int) -> Iterator[slice]:
+    return (slice(first, first + _PIECE) for first in range(0, length, _PIECE))
 
 
 def _by_strategy(

@@ -27,6 +27,7 @@ from fedmed.federation.evaluation_task import EvaluateTask, EvaluationRequest
 from fedmed.federation.state import Checkpoints, ServerState
 from fedmed.federation.strategies.state import load_state, save_state
 from fedmed.federation.validation import check_update
+from fedmed.federation.workspace import Workspace
 from fedmed.types import ClientUpdate, PackedArrays, Refusal, TrainTask
 
 
@@ -127,6 +128,7 @@ class Coordinator:
         self._observers = observers
         self._evaluated = evaluated
         self._sites = {s.node_id: s for s in plan.sites}
+        self._workspace = Workspace()
 
     def run(self, state: ServerState) -> ServerState:
         """Go on from a state to the plan's last round.
@@ -177,7 +179,7 @@ class Coordinator:
             key=lambda m: m.metadata.dst_node_id,
         )
         _attach_buffers(requests, state.arrays)
-        aggregation = make_aggregation(self._strategy)
+        aggregation = make_aggregation(self._strategy, self._workspace)
         updates, failures = self._collect(requests, task, aggregation)
         for request in requests:
             _let_go(request)

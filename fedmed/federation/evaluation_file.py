@@ -26,6 +26,7 @@ from fedmed.federation.evaluation_round import EvaluationReport
 from fedmed.federation.evaluation_task import EvaluationRequest, EvaluationUpdate
 from fedmed.federation.files import save_arrays, write_atomic
 from fedmed.federation.summary_table import SplitSums, Summary, grid_of, unpack_summaries
+from fedmed.hashing import sha256_file
 from fedmed.types import DPSpec, Split, TaskKind, TaskSpec
 
 FORMAT: Final = 1
@@ -95,10 +96,10 @@ def write_evaluation(folder: Path, report: EvaluationReport) -> str:
     for update in report.updates:
         for entry in update.arrays.table:
             arrays[f"{update.site}/{entry.name}"] = update.arrays.tensor(entry)
-    written = save_arrays(folder / SUMS, arrays, {})
+    save_arrays(folder / SUMS, arrays, {})
     content = json.dumps(plain(evaluation_of(report)), indent=1, sort_keys=True, allow_nan=False)
     write_atomic(folder / NAME, (content + "\n").encode())
-    return written.sha256
+    return sha256_file(folder / SUMS)
 
 
 def evaluation_of(report: EvaluationReport) -> EvaluationFile:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from fedmed.errors import CheckpointError
 from fedmed.files import atomic_writer
-from fedmed.hashing import PassingHash
 
 PIECE: Final = 1 << 19
 """Bytes moved at once."""
@@ -23,14 +22,6 @@ DTYPES: Final = {
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 """Safetensors' names of NumPy's types."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """A written file: SHA-256 of its content, and bytes."""
-
-    sha256: str
-    size: int
 
 
 def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -47,20 +38,12 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
         raise _unwritable(path, error) from error
 
 
-def save_arrays(
-    path: Path,
-    arrays: Mapping[str, NDArray[np.generic]],
-    facts: Mapping[str, str],
-    mode: int = 0o644,
-    *,
-    durable: bool = True,
-) -> Written:
-    """Write a safetensors file with text metadata, atomically.
+def lay_out(
+    arrays: Mapping[str, NDArray[np.generic]], facts: Mapping[str, str]
+) -> tuple[memoryview, ...]:
+    """The bytes of a safetensors file with text metadata: its head, then each array where it lies.
 
-    The arrays go to disk in pieces: the format's own library would join them in memory first.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written; the old file stays.
+    The format's own library would join them in memory first.
     """
     header: dict[str, Any] = {"__metadata__": dict(facts)}
     offset = 0
@@ -75,23 +58,46 @@ def save_arrays(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
-    digest = PassingHash()
-    digest.update(head)
+    keys = [key for key in header if key != "__metadata__"]
+    raw = (np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8).data for key in keys)
+    return memoryview(head), *raw
+
+
+def save_arrays(
+    path: Path,
+    arrays: Mapping[str, NDArray[np.generic]],
+    facts: Mapping[str, str],
+    mode: int = 0o644,
+    *,
+    over: Path | None = None,
+) -> None:
+    """Write a safetensors file with text metadata, atomically and durably.
+
+    Args:
+        over: an old file in the same folder that is not needed any more. If it is there, it
+            becomes the new one: pages that hold it are written over, which costs less than new
+            ones. It must not be open elsewhere.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; the file at ``path``
+            stays.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(path, mode, durable=durable) as file:
-            file.write(head)
-            for key in header:
-                if key != "__metadata__":
-                    raw = np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8).data
-                    for first in range(0, len(raw), PIECE):
-                        digest.update(raw[first : first + PIECE])
-                        file.write(raw[first : first + PIECE])
+        with atomic_writer(path, mode, over=over) as file:
+            for part in lay_out(arrays, facts):
+                for first in range(0, len(part), PIECE):
+                    file.write(part[first : first + PIECE])
     except OSError as error:
         raise _unwritable(path, error) from error
-    finally:
-        digest.close()
-    return Written(digest.hexdigest(), len(head) + offset)
+
+
+def sha256_parts(parts: Iterable[bytes | memoryview]) -> str:
+    """Hash of bytes that lie in several places, hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:

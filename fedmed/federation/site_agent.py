@@ -162,7 +162,7 @@ class SiteAgent:
         state = self.state(task.run_id)
         stored = state.stored(task)
         if stored is not None:
-            self._log_release("update-replayed", task, stored)
+            self._log_release("update-replayed", stored, norm=distance(stored.arrays, task.arrays))
             return stored
         unit = task.dp.unit if task.dp else PrivacyUnit.PATIENT
         size = self.declared_size(unit)
@@ -196,7 +196,7 @@ class SiteAgent:
         self.accounts.commit(charges, fit.released, fit.arrays.sha256())
         state.store_personal(task.round, fit.personal)
         state.store(task, update)
-        self._log_release("update-released", task, update)
+        self._log_release("update-released", update, norm=distance(update.arrays, task.arrays))
         if self._listener is not None:
             self._listener.fitted(self.name, task, fit)
         return update
@@ -207,7 +207,7 @@ class SiteAgent:
         state = self.state(task.run_id)
         stored = state.stored_sums(task)
         if stored is not None:
-            self._log_sums("sums-replayed", task, stored)
+            self._log_release("sums-replayed", stored, charge=stored.charge)
             return stored
         size = self.declared_size(PrivacyUnit.PATIENT)
         spec = self._policy.admit_evaluation(task, size)
@@ -249,20 +249,8 @@ class SiteAgent:
         self._gate.leave(task, update)
         self.accounts.commit(charges, spec, arrays.sha256())
         state.store_sums(task, update)
-        self._log_sums("sums-released", task, update)
+        self._log_release("sums-released", update, charge=update.charge)
         return update
-
-    def _log_sums(self, event: str, task: EvaluateTask, update: EvaluationUpdate) -> None:
-        self._audit.append(
-            event,
-            run=task.run_id,
-            round=task.round,
-            bytes=update.arrays.nbytes,
-            tensors=len(update.arrays.table),
-            sha256=update.arrays.sha256(),
-            charge=update.charge,
-            epsilon=update.epsilon,
-        )
 
     def _engine(self, task: TrainTask, spec: DPSpec | None) -> Engine:
         if spec is not None:
@@ -284,16 +272,18 @@ class SiteAgent:
             opted_out=opted_out,
         )
 
-    def _log_release(self, event: str, task: TrainTask, update: ClientUpdate) -> None:
+    def _log_release(
+        self, event: str, update: ClientUpdate | EvaluationUpdate, **more: Scalar
+    ) -> None:
         self._audit.append(
             event,
-            run=task.run_id,
-            round=task.round,
+            run=update.run_id,
+            round=update.round,
             bytes=update.arrays.nbytes,
             tensors=len(update.arrays.table),
             sha256=update.arrays.sha256(),
-            norm=distance(update.arrays, task.arrays),
             epsilon=update.epsilon,
+            **more,
         )
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,7 @@ from fedmed.federation.messages import decode_table, encode_table
 from fedmed.types import PackedArrays
 
 _KEEP = 2
+_SPARE = ".spare"
 _NAME = re.compile(r"round_(\d+)\.safetensors")
 
 
@@ -60,6 +64,7 @@ class Checkpoints:
     def __init__(self, folder: Path, plan: str) -> None:
         self._folder = folder
         self._plan = plan
+        self._over: Path | None = None  # an old file to write over
 
     def save(self, state: ServerState) -> None:
         """Write one file, atomically.
@@ -80,9 +85,13 @@ class Checkpoints:
             "failures": json.dumps(state.failures),
             "seconds": repr(state.seconds),
         }
-        save_arrays(self._folder / f"round_{state.round:06d}.safetensors", arrays, facts)
-        for path in self._files()[:-_KEEP]:
-            path.unlink(missing_ok=True)
+        path = self._folder / f"round_{state.round:06d}.safetensors"
+        save_arrays(path, arrays, facts, over=self._over)
+        for old in self._files()[:-_KEEP]:
+            if self._over is None:
+                old.unlink(missing_ok=True)
+            else:
+                old.replace(self._over)
 
     def latest(self) -> ServerState | None:
         """Newest readable checkpoint, or None if there is none at all.
@@ -137,6 +146,49 @@ class Checkpoints:
         if not self._folder.is_dir():
             return []
         return sorted(p for p in self._folder.iterdir() if _NAME.fullmatch(p.name))
+
+
+class BackgroundCheckpoints(Checkpoints):
+    """Checkpoints that are written beside what comes next, as far as that may go.
+
+    Nothing may be asked of anybody on the strength of a state before :meth:`settle` has returned:
+    then it is on disk. Meanwhile a third file is kept, which the next one is written over. A
+    context manager; leaving it settles too.
+    """
+
+    def __init__(self, folder: Path, plan: str) -> None:
+        super().__init__(folder, plan)
+        self._over = folder / _SPARE
+        self._writer: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+
+    def save(self, state: ServerState) -> None:
+        """Begin to write one file; a fault of the one before it shows here."""
+        self.settle()
+        self._writer = self._thread.submit(super().save, state)
+
+    def settle(self) -> None:
+        """Wait until the last state is on disk.
+
+        Raises:
+            CheckpointError: as :meth:`Checkpoints.save`.
+        """
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        try:
+            with suppress(CheckpointError) if error else nullcontext():
+                self.settle()
+        finally:
+            self._thread.shutdown()
+            (self._folder / _SPARE).unlink(missing_ok=True)
 
 
 def write_weights(path: Path, arrays: PackedArrays) -> None:

@@ -39,7 +39,10 @@ def check_update(
     current: PackedArrays,
     max_norm: float | None,
 ) -> None:
-    """Refuse an update that is not this round's, not finite or too far away.
+    """Refuse an update that is not this round's, not finite, too far away or no network's.
+
+    Statistics that normalise without differential privacy may be anything that data can have: their
+    variances are not negative, and more is not known of them.
 
     Names, shapes and dtypes are checked while the message is read.
 
@@ -61,6 +64,9 @@ def check_update(
             raise UpdateRejected(
                 f"buffer {key!r} of site {site!r} is not finite, or larger than any weights"
             )
+    for entry in update.arrays.table:
+        if entry.name.endswith("running_var") and np.less(update.arrays.tensor(entry), 0).any():
+            raise UpdateRejected(f"{entry.name!r} of site {site!r} holds a negative variance")
     if max_norm is not None and (moved := distance(update.arrays, current)) > max_norm:
         raise UpdateRejected(
             f"update of site {site!r} moves the weights by {moved:.4g}, more than "

@@ -13,7 +13,6 @@ from fedmed.hospital.checks_base import Remarks, fault, ok, warning
 from fedmed.hospital.checks_site import NEW_KEY, Site
 from fedmed.trust import certificates
 
-_SOON: Final = 30  # days
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -90,7 +89,7 @@ def certificate(site: Site) -> Remarks:
             yield fault(error.problem, remedy)
             return
     left = certificates.days_left(certificate)
-    if left < _SOON:
+    if left < certificates.SOON:
         yield warning(
             f"the certificate ends in {left:.0f} days",
             "run fedmed site rotate-key before it does",
@@ -104,7 +103,7 @@ def authority(site: Site) -> Remarks:
     left = certificates.days_left(site.authority)
     if left < 0:
         yield fault("the coordinator's authority has ended", "ask its staff for a new kit")
-    elif left < _SOON:
+    elif left < certificates.SOON:
         yield warning(
             f"the coordinator's authority ends in {left:.0f} days", "ask its staff for a new kit"
         )

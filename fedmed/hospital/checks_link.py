@@ -15,6 +15,7 @@ from fedmed.federation.link.client import Address, SiteLink
 from fedmed.hospital.checks_base import Part, Parts, Remarks, fault, ok, warning
 from fedmed.hospital.checks_site import Site
 from fedmed.hospital.task import SKEW
+from fedmed.trust import certificates
 
 _DRIFT: Final = 60.0
 """Seconds by which a clock that is set by the network never differs."""
@@ -30,10 +31,12 @@ class Reply:
         skew: seconds by which this machine's clock is ahead of the coordinator's, or None if it
             hung up before it told.
         refused: why it does not admit this site, or None.
+        days: until the certificate that it shows ends, or None if it hung up before.
     """
 
     skew: float | None
     refused: LinkRefused | None
+    days: float | None
 
 
 class Way(Parts):
@@ -102,7 +105,7 @@ class Way(Parts):
             try:
                 link.phase(_PHASE)
             except LinkRefused as error:
-                return Reply(_skew(link.date), error)
+                return Reply(_skew(link.date), error, _days(link.ends))
             except TrustError as error:
                 if not isinstance(error.__cause__, ssl.SSLCertVerificationError):
                     raise
@@ -113,7 +116,7 @@ class Way(Parts):
                 ) from error
             except Unreachable as error:
                 raise Unreachable(error.problem, self._remedy(hop)) from error
-            return Reply(_skew(link.date), None)
+            return Reply(_skew(link.date), None, _days(link.ends))
 
     def _mend(self, direct: str) -> str:
         """The remedy for the first machine: what helps without a proxy, or the proxy itself."""
@@ -131,6 +134,10 @@ class Way(Parts):
         return (
             "ask the coordinator's staff whether it serves on this port and this site is enrolled"
         )
+
+
+def _days(ends: float | None) -> float | None:
+    return None if ends is None else (ends - time.time()) / 86400
 
 
 def _skew(date: str) -> float | None:
@@ -155,8 +162,13 @@ def port(way: Way) -> Remarks:
 
 def coordinator(way: Way) -> Remarks:
     """The other end is the study's coordinator."""
-    way.need("coordinator")
+    days = way.coordinator.days
     yield ok(f"{way.address.host}:{way.address.port} shows the study's certificate")
+    if days is not None and days < certificates.SOON:
+        yield warning(
+            f"that certificate ends in {days:.0f} days",
+            "tell the coordinator's staff: fedmed coordinator renew",
+        )
 
 
 def enrolment(way: Way) -> Remarks:

@@ -20,7 +20,7 @@ from fedmed.errors import (
 )
 from fedmed.federation.link.client import SiteLink
 from fedmed.federation.link.exchange import Exchange
-from fedmed.federation.link.store import PAUSED
+from fedmed.federation.link.rows import PAUSED
 from fedmed.federation.site_agent import SiteAgent
 from fedmed.hospital.agent import open_agent
 from fedmed.hospital.conditions import why_paused
@@ -146,7 +146,7 @@ class SiteService:
         while True:
             before = link.written
             try:
-                sent = link.answer(answer.statement, answer.path)
+                sent = link.answer(answer.statement, answer.payload)
             except Unreachable as error:
                 if self._stop.is_set():
                     return False

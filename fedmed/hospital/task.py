@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,8 +18,11 @@ from fedmed.errors import (
     TrustError,
     UpdateRejected,
 )
-from fedmed.federation.link.payload import Payload, check_payload
+from fedmed.federation.link.client import SPARE
+from fedmed.federation.link.outgoing import Payload
+from fedmed.federation.link.payload import check_payload
 from fedmed.hospital.folder import HospitalFolder
+from fedmed.hospital.signers import check_newest
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, seal, unseal
 from fedmed.types import Refusal
@@ -43,13 +47,11 @@ class Answer:
 
     Attributes:
         statement: sealed.
-        path: the payload's file.
         code: reason code of a refusal, or an empty string.
     """
 
     statement: bytes
-    path: Path
-    size: int
+    payload: Payload
     code: str
 
 
@@ -84,15 +86,11 @@ class Work:
         Raises:
             LocalFault: disk or books failed; nothing is answered yet.
         """
-        out = self.folder.state / "outbox" / str(self.task.round)
         refused = self.refused or self._fault(exchange)
-        try:
-            if refused is None:
-                payload, code = exchange.answer(self.path, out)
-            else:
-                payload, code = exchange.refuse(self._refusal(refused), out), refused.code
-        except CheckpointError as error:
-            raise LocalFault(error.problem, error.remedy) from error
+        if refused is None:
+            payload, code = exchange.answer(self.path)
+        else:
+            payload, code = exchange.refuse(self._refusal(refused)), refused.code
         if code in _PASSING:
             raise LocalFault(
                 f"{code} while answering round {self.task.round}",
@@ -101,9 +99,12 @@ class Work:
         return self._seal(payload, code)
 
     def clear(self) -> None:
-        """Nothing of a finished task's files is needed any more."""
-        for name in ("inbox", "outbox"):
-            for path in (self.folder.state / name).glob("*"):
+        """Nothing of a finished task's files is needed any more; the next is written over one."""
+        spare = self.path.with_name(SPARE)
+        with suppress(FileNotFoundError):  # it was not even fetched
+            self.path.replace(spare)
+        for path in self.path.parent.glob("*"):
+            if path != spare:
                 path.unlink(missing_ok=True)
 
     def _fault(self, exchange: Exchange) -> PolicyRefused | None:
@@ -127,11 +128,11 @@ class Work:
         )  # fmt: skip
         return Refusal(self.task.run, self.task.round, self.task.site, error.code, str(error))
 
-    def _seal(self, written: Payload, code: str) -> Answer:
+    def _seal(self, payload: Payload, code: str) -> Answer:
         task = self.task
         self.audit.append(
-            "answer-sealed", run=task.run, round=task.round, bytes=written.size,
-            sha256=written.sha256, code=code or None,
+            "answer-sealed", run=task.run, round=task.round, bytes=payload.size,
+            sha256=payload.sha256, code=code or None,
         )  # fmt: skip
         seq, head = self.audit.position
         statement = AnswerStatement(
@@ -141,8 +142,8 @@ class Work:
             round=task.round,
             site=task.site,
             task=hashlib.sha256(self.sealed).hexdigest(),
-            payload=written.sha256,
-            size=written.size,
+            payload=payload.sha256,
+            size=payload.size,
             code=code,
             log_seq=task.log_seq,
             log_head=task.log_head,
@@ -150,7 +151,7 @@ class Work:
             own_head=head,
             issued=int(time.time()),
         )
-        return Answer(seal(statement, self.folder.key), written.path, written.size, code)
+        return Answer(seal(statement, self.folder.key), payload, code)
 
 
 def receive(folder: HospitalFolder, audit: AuditLog, sealed: bytes) -> Work:
@@ -160,12 +161,16 @@ def receive(folder: HospitalFolder, audit: AuditLog, sealed: bytes) -> Work:
 
     Raises:
         TrustError: nobody vouches for it: it is not even answered.
+        LocalFault: the disk fails.
+        ConfigError: the site's state is damaged.
     """
     try:
         statement = _vouched(folder, sealed)
     except TrustError as error:
         audit.append("task-refused", code="not-vouched-for", reason=str(error))
         raise
+    except CheckpointError as error:
+        raise LocalFault(error.problem, error.remedy) from error
     audit.append(
         "task-received", run=statement.run, round=statement.round, bytes=statement.size,
         sha256=statement.payload, coordinator_seq=statement.log_seq,
@@ -182,6 +187,7 @@ def _vouched(folder: HospitalFolder, sealed: bytes) -> TaskStatement:
         raise TrustError(
             "the task is meant for another study or site", "ask the coordinator's staff"
         )
+    check_newest(folder.state / "signer", signer)
     return statement
 
 

@@ -23,6 +23,8 @@ from fedmed.trust.keys import SigningKey, VerifyKey
 _BACKDATED = timedelta(days=1)  # clocks differ
 AUTHORITY_DAYS = 3650
 DAYS = 825
+SOON = 30
+"""Days before its end from which on a certificate is warned of."""
 _MALFORMED = (
     ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,

@@ -16,7 +16,7 @@ from fedmed.coordinator.folder import create_study
 from fedmed.coordinator.service import StudyService
 from fedmed.errors import PolicyRefused
 from fedmed.federation.link.client import Address, SiteLink
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.rows import RunState
 from fedmed.federation.study import FORMAT, Preparation, StudyPlan
 from fedmed.hospital import service as site_service
 from fedmed.hospital.folder import HospitalFolder, create_site

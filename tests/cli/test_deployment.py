@@ -11,7 +11,7 @@ from small_study import add_site, make_study, small_plan
 from fedmed.audit.log import AuditLog
 from fedmed.cli.coordinator import _wait_for
 from fedmed.cli.main import main, parser
-from fedmed.federation.link.store import RunState, TaskRow
+from fedmed.federation.link.rows import RunState, TaskRow
 from fedmed.federation.study import parse_plan
 from fedmed.hospital.folder import make_identity
 

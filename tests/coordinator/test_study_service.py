@@ -14,12 +14,13 @@ from small_study import LiveStore, Site, make_desk, make_study, small_plan
 
 from fedmed.audit.log import AuditLog, read, verify
 from fedmed.coordinator import service as service_module
-from fedmed.coordinator.folder import StudyFolder
+from fedmed.coordinator.folder import StudyFolder, renew_certificates
 from fedmed.coordinator.service import RETRIES, StudyService
 from fedmed.coordinator.status import study_status
 from fedmed.errors import AuditError, CheckpointError, ConfigError, LinkError
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.rows import RunState
 from fedmed.federation.state import Checkpoints
+from fedmed.trust import certificates
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 RUN = "demo-1"
@@ -47,7 +48,7 @@ class Served:
     @contextlib.contextmanager
     def serving(self):
         folder = StudyFolder(self.folder.path)
-        folder.__dict__["store"] = self.store
+        folder.__dict__.update(store=self.store, shelf=self.folder.shelf)
         service, ready = StudyService(folder), threading.Event()
         failed = []
 
@@ -284,6 +285,41 @@ def test_time_that_is_left(served):
     served.store.set_run(RUN, RunState.RUNNING, round_=2, seconds=30.0)
     (run,) = study_status(served.folder).runs
     assert run.eta == 15.0
+
+
+@pytest.mark.parametrize(
+    ("days", "words"), [(31, None), (29, "ends in 29 days"), (-0.5, "has ended")]
+)
+def test_certificate_that_ends_soon_is_told(served, monkeypatch, caplog, days, words):
+    """In ``status``, and by the service while it runs."""
+    monkeypatch.setattr(certificates, "DAYS", days)
+    renew_certificates(served.folder)
+    monkeypatch.undo()
+    told = study_status(StudyFolder(served.folder.path)).warnings
+    with served.serving():
+        end = time.monotonic() + 30
+        while words and not caplog.records and time.monotonic() < end:
+            time.sleep(0.05)
+    if words is None:
+        assert told == ()
+    else:
+        assert told == tuple(
+            f"the {name} certificate {words}: fedmed coordinator renew, then restart serve"
+            for name in ("server", "task-signing")
+        )
+        assert [r.message for r in caplog.records if "certificate" in r.message] == list(told)
+
+
+def test_institutions_certificate_that_is_gone(served):
+    settings = served.folder.path / "study.toml"
+    with settings.open("a") as file:
+        for name in ("certificate", "key", "authority"):
+            file.write(f'tls_{name} = "{served.folder.path}/keys/authority.crt"\n')
+    folder = StudyFolder(served.folder.path)
+    assert study_status(folder).warnings == ()
+    settings.write_text(settings.read_text().replace('certificate = "/', 'certificate = "/gone/'))
+    with pytest.raises(ConfigError, match=r"cannot read /gone/.*; correct study.toml"):
+        study_status(StudyFolder(served.folder.path))
 
 
 def test_folder_that_is_none(tmp_path):

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from payloads import bytes_of, write_payload
 from watching import Seen, watching
 
 from fedmed.audit.log import AuditLog, read
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.errors import TrustError
 from fedmed.federation.link.exchange import Exchange
-from fedmed.federation.link.payload import read_payload, write_payload
+from fedmed.federation.link.payload import read_payload
 from fedmed.federation.messages import refusal_of, task_config, to_array_record
 from fedmed.hospital.agent import open_agent
 from fedmed.hospital.folder import HospitalFolder
@@ -167,7 +168,10 @@ class Attacker:
                     assert work.fetched()
                 answer = work.answer(self._exchange)
                 code = answer.code
-                reply = Message(read_payload(answer.path), 2, "train")
+                answered = work.path.with_name("answer")
+                answered.parent.mkdir(exist_ok=True)
+                answered.write_bytes(bytes_of(answer.payload))
+                reply = Message(read_payload(answered), 2, "train")
                 refusal = refusal_of(reply)
                 if refusal is not None:
                     assert refusal.code == code

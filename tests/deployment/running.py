@@ -15,7 +15,7 @@ from studies import link_to
 from fedmed.coordinator import service as coordinator_service
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.coordinator.service import StudyService
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.rows import RunState
 from fedmed.hospital import service as hospital_service
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.hospital.service import SiteService

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Message, RecordDict
+from payloads import bytes_of
 from studies import HOST
 
 from fedmed.coordinator.enrolment import admit, invite
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.federation import messages
 from fedmed.federation.link.client import Address, Identity, SiteLink
-from fedmed.federation.link.payload import read_payload, write_payload
+from fedmed.federation.link.outgoing import Payload
+from fedmed.federation.link.payload import make_payload, read_payload
 from fedmed.hospital.folder import make_identity
 from fedmed.trust import certificates
 from fedmed.trust.keys import SigningKey
@@ -97,7 +99,7 @@ class Site:
         content = edit(given.task, update) if edit else content_of(given.message, update)
         if isinstance(content, bytes):
             return content
-        return write_payload(self.path / "answer", content).path.read_bytes()
+        return bytes_of(make_payload(content))
 
     def statement(self, given: Given, content: bytes, **changes: Any) -> AnswerStatement:
         """What goes under an answer."""
@@ -121,10 +123,8 @@ class Site:
         **changes: Any,
     ) -> int:
         """Bring an answer, by default a well-formed one. Raises as SiteLink.answer does."""
-        path = self.path / "payload"
-        path.write_bytes(content)
         sealed = seal(self.statement(given, content, **changes), key or self.key)
-        return (link or self.link).answer(sealed, path)
+        return (link or self.link).answer(sealed, Payload.of((content,)))
 
     def take_part(self, edit: Edit | None = None) -> Given:
         """One honest round, but for the edit."""

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from hostile import Attacker
+from payloads import bytes_of, write_payload
 from searching import Search
 from studies import DP, HOST, Canaries, canary_images, hospital, link_to, plan_of, study
 from watching import Seen, watching
@@ -29,8 +30,8 @@ from fedmed.data.spec import PrepSpec
 from fedmed.errors import PolicyRefused
 from fedmed.federation import client_app
 from fedmed.federation.gate import Gate, Progress
-from fedmed.federation.link.payload import read_payload, write_payload
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.payload import read_payload
+from fedmed.federation.link.rows import RunState
 from fedmed.federation.messages import CONFIG, answer, to_array_record
 from fedmed.hospital import service as hospital_service
 from fedmed.hospital.folder import HospitalFolder
@@ -241,13 +242,11 @@ def test_a_leaking_answer_is_found(
 
     for double in (beside, refuses):
         monkeypatch.setattr(client_app, "answer", double)
-        request, reply = tmp_path / "request", tmp_path / "reply"
+        request = tmp_path / "request"
         write_payload(request, fresh.content(round=1))
-        fresh._exchange.answer(request, reply)
-        assert search.found(reply.read_bytes()) != []
+        assert search.found(bytes_of(fresh._exchange.answer(request)[0])) != []
     monkeypatch.undo()
-    fresh._exchange.answer(request, reply)
-    assert search.found(reply.read_bytes()) == []
+    assert search.found(bytes_of(fresh._exchange.answer(request)[0])) == []
 
 
 # ---- what the gate stops
@@ -359,9 +358,10 @@ def test_local_faults_are_told_by_name_only(
 
 def test_update_message_has_no_other_records(fresh: Attacker, tmp_path: Path) -> None:
     write_payload(tmp_path / "request", fresh.content(round=1))
-    written, code = fresh._exchange.answer(tmp_path / "request", tmp_path / "reply")
+    payload, code = fresh._exchange.answer(tmp_path / "request")
     assert code == ""
-    content = read_payload(written.path)
+    (tmp_path / "reply").write_bytes(bytes_of(payload))
+    content = read_payload(tmp_path / "reply")
     assert set(content) == {"arrays", "config", "metrics"}
     assert set(content["config"]) == {"update"}
     assert dict(content["metrics"]) == {"num-examples": 1.0}

@@ -20,7 +20,7 @@ from fedmed.audit.log import read, verify
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.federation import client_app
 from fedmed.federation.link import exchange
-from fedmed.federation.link.payload import Payload
+from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.messages import METRICS, values_of
 from fedmed.hospital import task as hospital_task
 from fedmed.hospital.books import budget, site_status
@@ -155,18 +155,18 @@ def told(tmp_path_factory: pytest.TempPathFactory, data: Path, canaries: Canarie
         ],
     )
     TABLES.update(weights=plan.tensors, sums=plan.summaries)
-    write, sign = exchange.write_payload, hospital_task.seal
+    make, sign = exchange.make_payload, hospital_task.seal
 
-    def record(reply: Path, content: RecordDict) -> Payload:
+    def record(content: RecordDict) -> Payload:
         made.contents.append(content)
-        return write(reply, content)
+        return make(content)
 
     def signed(statement: AnswerStatement, key: Any) -> bytes:
         made.statements.append(statement)
         return sign(statement, key)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "write_payload", record)
+        patch.setattr(exchange, "make_payload", record)
         patch.setattr(hospital_task, "seal", signed)
         made.run = finish(folder, made.hospitals, tap=made.wrote)
     return made

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord
 from hostile import Attacker, Outcome
+from payloads import bytes_of
 from rawserver import Act, RawServer, Request
 from studies import HOST, Canaries, hospital, link_to, study
 from watching import Seen, watching
@@ -31,7 +32,7 @@ from fedmed.coordinator.folder import StudyFolder
 from fedmed.errors import ConfigError
 from fedmed.federation.evaluation_task import EvaluateTask, EvaluationRequest
 from fedmed.federation.kit import read_kit
-from fedmed.federation.link.payload import write_payload
+from fedmed.federation.link.payload import make_payload
 from fedmed.federation.messages import TASK, ViewArray, evaluate_content
 from fedmed.hospital import service
 from fedmed.hospital.folder import HospitalFolder, create_site
@@ -198,9 +199,7 @@ def raw(make: Callable[[], bytes]) -> Attack:
 
 
 def file_of(a: Attacker, tmp: Path) -> bytes:
-    path = tmp / "file"
-    write_payload(path, a.content())
-    return path.read_bytes()
+    return bytes_of(make_payload(a.content()))
 
 
 def unknown_record(a: Attacker) -> Outcome:
@@ -492,8 +491,7 @@ def test_any_flipped_bit_of_a_signed_payload_is_refused(
     attacker: Attacker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where the coordinator signs it: round 2 was trained, and not on these bytes."""
-    write_payload(tmp_path / "task", attacker.content(round=2))
-    content = (tmp_path / "task").read_bytes()
+    content = bytes_of(make_payload(attacker.content(round=2)))
     draw = random.Random(5)
     codes: dict[str, int] = {}
     charges = attacker.charges()
@@ -735,8 +733,7 @@ class Honest:
         tools = Attacker.__new__(Attacker)
         tools.folder, tools.site, tools.plan, tools.run = folder, site, plan, task.run_id
         tools.arrays = folder.initial()
-        payload = write_payload(path / "honest", tools.content(task))
-        self._content = payload.path.read_bytes()
+        self._content = bytes_of(make_payload(tools.content(task)))
         self._sealed = seal(tools.statement(self._content, round=1), folder.signing_key)
         self.answered = False
 

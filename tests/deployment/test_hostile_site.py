@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from payloads import bytes_of, write_payload
 from sites import Edit, Given, Site, certificate_of, content_of, refusal_content, request
 from studies import HOST, study
 
@@ -34,10 +35,10 @@ from fedmed.coordinator.service import StudyService
 from fedmed.errors import FedmedError, LinkRefused, UpdateRejected
 from fedmed.federation import messages
 from fedmed.federation.coordinator import Coordinator, RunPlan, SiteSlot
-from fedmed.federation.link import listener
+from fedmed.federation.link import listener, lobby
 from fedmed.federation.link.desk import Desk
-from fedmed.federation.link.payload import read_payload, write_payload
-from fedmed.federation.link.store import RunState
+from fedmed.federation.link.payload import make_payload, read_payload
+from fedmed.federation.link.rows import RunState
 from fedmed.federation.state import Checkpoints, ServerState
 from fedmed.federation.strategies import make_strategy
 from fedmed.hospital.folder import make_identity
@@ -294,6 +295,12 @@ DOOR: dict[str, tuple[int, Callable[[Site, Given, bytes], None]]] = {
 }
 
 
+def torn(served: Served) -> list[str]:
+    """What was begun and is no answer; files kept to be written over are none."""
+    names = [p.name for p in served.folder.spool(served.run).glob(".*")]
+    return [name for name in names if not name.startswith(".spare-")]
+
+
 def test_answers_that_are_not_the_sites_own_stay_outside(served: Served) -> None:
     """Each is refused with a reason; the task stays open, and one honest answer counts once."""
     a, b, evil = served.site("honest-a"), served.site("honest-b"), served.site("evil")
@@ -323,7 +330,7 @@ def test_answers_that_are_not_the_sites_own_stay_outside(served: Served) -> None
         link.close()
     assert len([e for e in served.log("answer-received") if e["site"] == "evil"]) == 2
     assert [s.updates for s in served.folder.store.sites() if s.name == "evil"] == [2]
-    assert not list(served.folder.spool(served.run).glob(".*"))
+    assert torn(served) == []
     for site in (a, b):
         site.take_part()
     wait_until(lambda: served.folder.store.run(served.run).state == RunState.FINISHED)  # type: ignore[union-attr]
@@ -395,7 +402,7 @@ def test_half_an_answer_leaves_nothing(served: Served) -> None:
         with served.raw(evil) as tls:
             tls.sendall(sent)
     wait_until(lambda: len(served.log("answer-rejected")) == 3)
-    assert not [p for p in served.folder.spool(served.run).iterdir() if p.name[0] == "."]
+    assert torn(served) == []
     evil.send(given, payload)
     a.take_part()
     wait_until(lambda: served.round() == 1)
@@ -499,6 +506,47 @@ def test_silent_callers_keep_nobody_out(served: Served, monkeypatch: pytest.Monk
     assert evil.connect().task("waiting", 0) is None
 
 
+@pytest.mark.parametrize(
+    "says_first", [b"", b"\x16\x03", b"GET / HTTP/1.0\r\n\r\n" * 99, b"\0" * 5000]
+)
+@pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.9"])
+def test_flood_before_any_certificate_keeps_nobody_out(
+    served: Served, source: str, says_first: bytes
+) -> None:
+    """More than the port ever holds, and they do not let go; threads stay bounded."""
+    a = served.site("honest-a")
+    before = threading.active_count()
+    with contextlib.ExitStack() as held:
+        for number in range(700):
+            address = (HOST, served.folder.settings.port)
+            plain = socket.create_connection(address, 10, (source, 0))
+            held.enter_context(plain)
+            with contextlib.suppress(OSError):
+                plain.sendall(says_first)
+            if number % 100 == 99:
+                begun = time.monotonic()
+                link = a.connect()
+                assert link.task("waiting", 0) is None
+                assert time.monotonic() - begun < 5
+                link.close()
+        assert threading.active_count() - before < lobby.MOST_WAITING + 50
+
+
+def test_dripping_handshake_has_an_end(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then gains no time."""
+    monkeypatch.setattr(listener, "_HANDSHAKE", 1.0)
+    begun = time.monotonic()
+    with (
+        socket.create_connection((HOST, served.folder.settings.port), 10) as plain,
+        contextlib.suppress(OSError),
+    ):
+        plain.sendall(b"\x16\x03\x01\x40\x00")
+        while time.monotonic() - begun < 10:
+            plain.sendall(b"\x01")
+            time.sleep(0.05)
+    assert time.monotonic() - begun < 5
+
+
 def resident() -> int:
     """Bytes of this process in memory."""
     gc.collect()
@@ -542,7 +590,7 @@ def test_any_flipped_bit_of_an_answer_is_refused(
     refusals: list[int] = []
     store = served.folder.store
     desk = Desk(
-        store, served.folder.spool, served.folder.plan.update_bytes,
+        store, served.folder.shelf, served.folder.spool, served.folder.plan.update_bytes,
         on_answer=lambda _: None, on_rejected=lambda *r: refusals.append(r[1]),
         on_key=lambda *_: None,
     )  # fmt: skip
@@ -562,7 +610,7 @@ def test_any_flipped_bit_of_an_answer_is_refused(
     assert set(refusals) <= {403, 409, 413, 422}
     assert threading.active_count() <= threads + 1
     assert resident() - memory < 64 << 20
-    assert not [p for p in served.folder.spool(served.run).iterdir() if p.name[0] == "."]
+    assert torn(served) == []
     evil.send(given, payload)
     a.take_part()
     wait_until(lambda: served.round() == 1)
@@ -656,7 +704,7 @@ def test_refusal_is_what_it_says(served: Served) -> None:
     served.begin()
     given = evil.get()
     content = refusal_content(given, "evil", "budget-exhausted")
-    payload = write_payload(evil.path / "no", content).path.read_bytes()
+    payload = bytes_of(make_payload(content))
     with pytest.raises(FedmedError):
         evil.send(given, payload, code="\x1b[2J" + "x" * 5000)
     evil.send(given, payload, code="budget-exhausted")

@@ -27,6 +27,7 @@ from fedmed.federation.flower import identify
 from fedmed.federation.simulation.grid import InProcessGrid
 from fedmed.federation.strategies import STRATEGIES, make_strategy
 from fedmed.federation.strategies.registry import averages
+from fedmed.federation.workspace import Workspace
 from fedmed.types import ClientUpdate, PackedArrays, TensorEntry
 
 identify()  # messages cannot be made without it
@@ -72,7 +73,7 @@ def mean_of(arrays, weights):
 def test_running_mean_is_the_weighted_mean(given_):
     arrays, weights, order = given_
     expected, bound = mean_of(list(arrays), weights)
-    running = RunningMean()
+    running = RunningMean(Workspace())
     for i in order:
         running.add({"x": arrays[i]}, weights[i])
     found = running.take()["x"]
@@ -84,7 +85,7 @@ def test_running_mean_of_many_is_flowers_mean():
     rng = np.random.default_rng(0)
     arrays = rng.standard_normal((50, 1000)).astype(np.float32)
     weights = rng.uniform(1, 100, 50)
-    running = RunningMean()
+    running = RunningMean(Workspace())
     records = []
     for values, weight in zip(arrays, weights, strict=True):
         running.add({"x": values}, weight)
@@ -106,7 +107,7 @@ def test_running_mean_is_exact_in_pieces(monkeypatch):
     arrays = rng.standard_normal((4, 1001)).astype(np.float32)
 
     def mean():
-        running = RunningMean()
+        running = RunningMean(Workspace())
         for i, values in enumerate(arrays):
             running.add({"x": values}, 1.5 + i)
         return running.take()["x"]
@@ -121,7 +122,7 @@ def test_running_mean_is_exact_in_pieces(monkeypatch):
 def test_whole_numbers_are_averaged_without_overflow(dtype):
     kind = np.dtype(dtype)
     top = 1 if kind.kind == "b" else np.iinfo(kind).max
-    running = RunningMean()
+    running = RunningMean(Workspace())
     for values in ([top, 0], [top, top]):
         running.add({"n": np.asarray(values, kind)}, 1.0)
     found = running.take()["n"]
@@ -132,11 +133,50 @@ def test_whole_numbers_are_averaged_without_overflow(dtype):
 def test_running_mean_leaves_what_it_is_given_alone():
     values = np.ones(3, np.float32)
     values.flags.writeable = False
-    running = RunningMean()
+    running = RunningMean(Workspace())
     running.add({"x": values}, 2.0)
     running.add({"x": values}, 2.0)
     assert running.take()["x"].tolist() == [1, 1, 1]
     assert running.take() == {}  # the sums are gone
+
+
+# ---- memory
+
+
+def address(values):
+    return values.__array_interface__["data"][0]
+
+
+@pytest.mark.parametrize(
+    "hold", [lambda v: v, lambda v: v[3:5], lambda v: v[:2].data, lambda v: memoryview(v)[1:]],
+    ids=["array", "view", "buffer", "slice of a buffer"],
+)  # fmt: skip
+def test_memory_is_given_again_once_nobody_holds_it(hold):
+    workspace = Workspace()
+    first = workspace.empty((100,), np.float32)
+    where, held = address(first), hold(first)
+    del first
+    assert address(workspace.empty((100,), np.float32)) != where
+    del held
+    assert address(workspace.empty((100,), np.float32)) == where
+
+
+def test_memory_is_not_given_for_another_shape_or_type():
+    workspace = Workspace()
+    where = address(workspace.empty((100,), np.float32))
+    assert address(workspace.empty((50,), np.float64)) != where
+    assert address(workspace.empty((100,), np.int32)) != where
+
+
+def test_weights_that_are_held_are_not_written_over():
+    """As a coordinator's rounds go: each begins from the mean of the one before."""
+    workspace = Workspace()
+    held = []
+    for round_ in range(5):
+        running = RunningMean(workspace)
+        running.add({"x": np.full(100, round_, np.float32)}, 2.0)
+        held.append(running.take()["x"][10:20])
+    assert [float(values.mean()) for values in held] == [0, 1, 2, 3, 4]
 
 
 # ---- strategies
@@ -189,7 +229,7 @@ def by_flower(strategy, round_, sites, current):
 
 
 def by_us(strategy, round_, sites, current):
-    found = make_aggregation(strategy)
+    found = make_aggregation(strategy, Workspace())
     for node, (arrays, weight) in enumerate(sites, start=2):
         found.add(*reply_of(node, arrays), weight)
     return found.finish(round_, current)
@@ -233,7 +273,7 @@ def test_medians_and_krum_see_every_update_unchanged(name):
 def test_which_strategies_are_added_up():
     for name in STRATEGIES:
         kind = MeanAggregation if name in AVERAGING else FullAggregation
-        assert isinstance(make_aggregation(strategy_of(name)), kind)
+        assert isinstance(make_aggregation(strategy_of(name), Workspace()), kind)
     assert {"fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedavgm"} == set(AVERAGING)
 
 
@@ -300,7 +340,7 @@ def test_order_would_change_bits(monkeypatch):
     arrays = rng.standard_normal((5, 100)).astype(np.float32)
     found = set()
     for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0]):
-        running = RunningMean()
+        running = RunningMean(Workspace())
         for i in order:
             running.add({"x": arrays[i]}, 0.1 + i)
         found.add(running.take()["x"].tobytes())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from payloads import bytes_of
 from small_study import NODES, PARAMS, RUN, Bench, numbers
 
-from fedmed.errors import RunStopped
+from fedmed.errors import CheckpointError, LinkRefused, RunStopped
 from fedmed.federation import messages
 from fedmed.federation.link import grid as grid_module
 from fedmed.federation.link.grid import CONNECTED
-from fedmed.federation.link.store import PAUSED
+from fedmed.federation.link.payload import make_payload
+from fedmed.federation.link.rows import PAUSED
 from fedmed.trust import certificates
 from fedmed.trust.statements import TaskStatement, peek, unseal
 
@@ -54,10 +57,9 @@ def test_statement_says_what_is_asked(bench):
         certificates.load(signer.encode()), certificates.load(bench.folder.authority)
     )
     told = unseal(TaskStatement, row.statement, key)
-    path = bench.folder.spool(RUN) / told.payload
     assert (told.study, told.run, told.round, told.site) == ("demo", RUN, 1, "a")
     assert told.plan == bench.folder.plan.sha256()
-    assert told.size == path.stat().st_size
+    assert told.size == bench.folder.shelf.get(told.payload).size
     assert (told.log_seq, told.log_head) == (7, "7" * 64)
     assert abs(told.issued - time.time()) < 60
     assert told.expires - told.issued >= 1000
@@ -71,11 +73,50 @@ def test_answers_come_in_the_order_of_the_messages(bench, order):
     assert got == [2, 3, 4]
 
 
-def test_what_is_the_same_for_all_is_written_once(bench):
+def test_what_is_the_same_for_all_is_hashed_once(bench, monkeypatch):
+    made = []
+
+    def count(content):
+        made.append(content)
+        return make_payload(content)
+
+    monkeypatch.setattr(grid_module, "make_payload", count)
     list(bench.grid().push_messages(bench.requests()))
-    assert len(list(bench.folder.spool(RUN).iterdir())) == 1
+    assert len(made) == 1
     list(bench.grid().push_messages(bench.requests(round_=2, value=1.0)))
-    assert len(list(bench.folder.spool(RUN).iterdir())) == 2
+    assert len(made) == 2
+
+
+def test_nothing_is_issued_before_its_state_is_on_disk(bench):
+    def full():
+        raise CheckpointError("cannot write x", "free space")
+
+    with pytest.raises(CheckpointError):
+        list(bench.grid(settle=full).push_messages(bench.requests()))
+    assert bench.store.tasks(RUN) == ()
+    waited = []
+    list(
+        bench.grid(settle=lambda: waited.append(bench.store.tasks(RUN))).push_messages(
+            bench.requests()
+        )
+    )
+    assert waited[0] == ()
+
+
+def test_payload_is_there_again_after_a_restart(bench):
+    """Not before the run has come back to its round: a site tries again."""
+    list(bench.grid().push_messages(bench.requests()))
+    sealed = bench.desk.task_for("a", "waiting", 0, threading.Event())
+    payload = bench.desk.payload_for("a", peek(TaskStatement, sealed).payload)
+    assert bench.desk.lies_out(payload)
+    bench.folder.shelf.clear()  # what a process takes with it
+    assert not bench.desk.lies_out(payload)
+    with pytest.raises(LinkRefused, match="not ready") as refused:
+        bench.desk.payload_for("a", payload.sha256)
+    assert refused.value.status == 503
+    list(bench.grid().push_messages(bench.requests()))
+    again = bench.desk.payload_for("a", payload.sha256)
+    assert bytes_of(again) == bytes_of(payload)
 
 
 def test_missing_site_costs_the_deadline_and_no_more(bench):

@@ -9,7 +9,8 @@ import pytest
 
 from fedmed.errors import ConfigError, StoreError
 from fedmed.federation.link import store as store_module
-from fedmed.federation.link.store import OVERLAP, RunState, SiteState, Store, TaskRow
+from fedmed.federation.link.rows import RunState, SiteState, TaskRow
+from fedmed.federation.link.store import OVERLAP, Store
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 

@@ -95,7 +95,7 @@ def listen(study: StudyFolder) -> Listener:
     """A study's coordinator, as far as a check sees it."""
     certificate, key, _ = study.tls
     nothing = lambda *_: None  # noqa: E731
-    desk = Desk(study.store, study.spool, 1 << 20, nothing, nothing, nothing)
+    desk = Desk(study.store, study.shelf, study.spool, 1 << 20, nothing, nothing, nothing)
     listener = Listener("127.0.0.1", 0, certificate, key, study.store, desk)
     listener.start()
     return listener

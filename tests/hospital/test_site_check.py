@@ -16,12 +16,13 @@ from preflight import ROLE, listen, make_hospital, stranger, tunnel
 from fedmed.audit.log import AuditLog
 from fedmed.cli.main import main
 from fedmed.config.compose import load
+from fedmed.coordinator.folder import renew_certificates
 from fedmed.data.synthetic import SyntheticSpec, make_phantoms
 from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.gate import Progress
 from fedmed.federation.link import client as client_module
 from fedmed.federation.link import listener as listener_module
-from fedmed.federation.link.store import RunState, TaskRow
+from fedmed.federation.link.rows import RunState, TaskRow
 from fedmed.hospital import checks_folder, checks_machine
 from fedmed.hospital.check import check_site
 from fedmed.hospital.checks_machine import package_hash
@@ -623,6 +624,19 @@ def test_another_coordinator_on_the_port(hospital, private, images, tmp_path):
     found = _at(hospital, listener.port).check(online=True)
     only(found, "fault", "coordinator", "does not show the study's certificate", "opens TLS")
     listener.close()
+
+
+@pytest.mark.parametrize(("days", "warned"), [(29, True), (31, False)])
+def test_coordinators_certificate_that_ends_soon(hospital, monkeypatch, days, warned):
+    monkeypatch.setattr(certificates, "DAYS", days)
+    renew_certificates(hospital.study)
+    listener = listen(hospital.study)
+    found = _at(hospital, listener.port).check(online=True)
+    listener.close()
+    if warned:
+        only(found, "warning", "coordinator", "ends in 29 days", "fedmed coordinator renew")
+    else:
+        assert not not_ok(found)
 
 
 def test_site_that_is_not_enrolled(online):

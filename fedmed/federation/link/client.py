@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import socket
 import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from fedmed import __version__
 from fedmed.errors import LinkError, LinkRefused, TrustError, Unreachable
 from fedmed.federation.files import PIECE
+from fedmed.federation.link.outgoing import Payload
 from fedmed.hashing import PassingHash
 from fedmed.trust.statements import MOST
 
+SPARE: Final = ".spare"
+"""Name of a file that the next payload may be written over."""
 _TIMEOUT: Final = 60.0  # seconds without a byte
 _TELLS: Final = 400  # characters of a refusal that are shown
 
@@ -66,6 +70,7 @@ class SiteLink:
     Attributes:
         written: bytes written so far, before encryption.
         date: the coordinator's clock as its last answer told (HTTP ``Date``), or an empty text.
+        ends: when the certificate that it showed last ends, seconds since 1970; None before.
     """
 
     def __init__(
@@ -80,12 +85,13 @@ class SiteLink:
         self._identity = identity
         self._rate = bytes_per_second
         self._tap = tap
-        self._connection: http.client.HTTPSConnection | None = None
+        self._connection: _Connection | None = None
         self._response: http.client.HTTPResponse | None = None
         self._waiting = False
         self._hung_up = False
         self.written = 0
         self.date = ""
+        self.ends: float | None = None
 
     def task(self, phase: str, wait: float) -> bytes | None:
         """The sealed statement of the task that waits for this site, or None.
@@ -130,6 +136,8 @@ class SiteLink:
     def fetch(self, sha256: str, size: int, path: Path) -> None:
         """Get a payload into a file; what an earlier try got is not fetched again.
 
+        It is written over a file :data:`SPARE` beside it, if there is one.
+
         Raises:
             TrustError: the content is not what the statement signed.
             OSError: the disk is full.
@@ -141,7 +149,7 @@ class SiteLink:
             part.unlink()
         digest = PassingHash()
         try:
-            with part.open("a+b") as file:
+            with _to_go_on(part) as file:
                 self._fetch_rest(file, sha256, size, digest)
             found = digest.hexdigest()
         finally:
@@ -153,18 +161,17 @@ class SiteLink:
 
     def _fetch_rest(self, file: BinaryIO, sha256: str, size: int, digest: PassingHash) -> None:
         """Append what an earlier try did not get; the hash covers both."""
+        start = file.tell()
         file.seek(0)
-        start = 0
-        while piece := file.read(PIECE):
-            digest.update(piece)
-            start += len(piece)
+        for first in range(0, start, PIECE):
+            digest.update(file.read(min(PIECE, start - first)))
         if start == size:
             return
         headers = {"Range": f"bytes={start}-"} if start else {}
         response = self._send("GET", f"/v1/payload/{sha256}", headers)
         if start and response.status != 206:
             self.close()
-            file.truncate(0)
+            file.seek(0)
             raise Unreachable("the payload cannot be continued", "it is fetched from its beginning")
         rest = size - start
         while rest and (piece := self._read(response, min(PIECE, rest))):
@@ -175,11 +182,8 @@ class SiteLink:
             self.close()
             raise Unreachable("the payload broke off", "it goes on from there")
 
-    def answer(self, sealed: bytes, payload: Path | None) -> int:
+    def answer(self, sealed: bytes, payload: Payload) -> int:
         """Bring an answer.
-
-        Args:
-            payload: its file, or None for an empty one.
 
         Returns:
             Bytes of the request's body.
@@ -188,9 +192,12 @@ class SiteLink:
             As :meth:`task`; a refusal is final for this answer.
         """
         head = struct.pack("<I", len(sealed)) + sealed
-        length = len(head) + (payload.stat().st_size if payload else 0)
+        length = len(head) + payload.size
         response = self._send(
-            "POST", "/v1/answer", {"Content-Length": str(length)}, partial(_pieces, head, payload)
+            "POST",
+            "/v1/answer",
+            {"Content-Length": str(length)},
+            lambda: chain((head,), payload.pieces()),
         )
         self._finish(response)
         return length
@@ -215,7 +222,7 @@ class SiteLink:
         method: str,
         path: str,
         headers: dict[str, str],
-        body: Callable[[], Iterator[bytes]] = lambda: iter(()),
+        body: Callable[[], Iterator[bytes | memoryview]] = lambda: iter(()),
     ) -> http.client.HTTPResponse:
         """Send a request and read the answer's head; once more where a kept connection had ended.
 
@@ -254,13 +261,14 @@ class SiteLink:
         method: str,
         path: str,
         headers: dict[str, str],
-        body: Callable[[], Iterator[bytes]],
+        body: Callable[[], Iterator[bytes | memoryview]],
     ) -> http.client.HTTPResponse:
         connection = self._connection = self._connection or self._connect()
         connection.putrequest(method, path, skip_accept_encoding=True)
         for name, value in {"User-Agent": f"fedmed/{__version__}", **headers}.items():
             connection.putheader(name, value)
         connection.endheaders()
+        self.ends = connection.ends
         begun, sent = time.monotonic(), 0
         for piece in body():
             connection.send(piece)
@@ -322,6 +330,32 @@ class SiteLink:
         return content
 
 
+@contextlib.contextmanager
+def _to_go_on(part: Path) -> Iterator[BinaryIO]:
+    """A partial file, at its end: what is behind the place where the block leaves it is cut off.
+
+    A new one is made of an old file where there is one. As long as old content lies behind the new
+    the file has a name of its own: a crash must not make it pass for what was fetched.
+    """
+    over = part.with_name(".over")
+    if not part.exists():
+        with contextlib.suppress(FileNotFoundError):
+            part.with_name(SPARE).replace(over)
+        path = over if over.exists() else part
+    else:
+        path = part
+    try:
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            if path is part:
+                file.seek(0, os.SEEK_END)
+            try:
+                yield file
+            finally:
+                file.truncate()
+    finally:
+        path.replace(part)
+
+
 class _Connection(http.client.HTTPSConnection):
     """An HTTPS connection whose plain text can be watched."""
 
@@ -330,6 +364,12 @@ class _Connection(http.client.HTTPSConnection):
     ) -> None:
         super().__init__(host, port, timeout=_TIMEOUT, context=context)
         self._tap = tap
+        self.ends: float | None = None
+
+    def connect(self) -> None:
+        super().connect()
+        shown: dict[str, Any] = self.sock.getpeercert() or {}
+        self.ends = ssl.cert_time_to_seconds(shown["notAfter"])
 
     def send(self, data: Any) -> None:
         self._tap(data)
@@ -349,14 +389,6 @@ def _context(identity: Identity) -> ssl.SSLContext:
             "see fedmed site check",
         ) from error
     return context
-
-
-def _pieces(head: bytes, payload: Path | None) -> Iterator[bytes]:
-    yield head
-    if payload is not None:
-        with payload.open("rb") as file:
-            while piece := file.read(PIECE):
-                yield piece
 
 
 def _shown(text: str) -> str:

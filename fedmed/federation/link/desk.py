@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from fedmed.errors import FedmedError, LinkRefused, TrustError
-from fedmed.federation.files import PIECE
-from fedmed.federation.link.store import Store, TaskRow
-from fedmed.hashing import PassingHash
+from fedmed.federation.link.outgoing import Payload, Shelf
+from fedmed.federation.link.rows import TaskRow
+from fedmed.federation.link.spool import Body, keep_answer
+from fedmed.federation.link.store import Store
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, unseal
 
@@ -21,18 +21,12 @@ _MOST_KEYS: Final = 4  # certificates of one site in force at once
 _SLACK: Final = 1 << 20  # bytes an answer's file may have beyond its arrays
 
 
-class Body(Protocol):
-    """What is left of a request."""
-
-    def read(self, size: int) -> bytes:
-        """At most ``size`` bytes; none at the end."""
-
-
 class Desk:
     """Hands out tasks and takes answers.
 
     Args:
-        spool: folder of payloads.
+        shelf: payloads of tasks.
+        spool: folder of the answers' payloads.
         most_bytes: largest arrays of an answer, from the plan.
         on_answer: told of each answer before it counts; if it fails the site tries again.
         on_rejected: told of each answer that is refused: site, HTTP status, reason.
@@ -42,6 +36,7 @@ class Desk:
     def __init__(
         self,
         store: Store,
+        shelf: Shelf,
         spool: Callable[[str], Path],
         most_bytes: int,
         on_answer: Callable[[AnswerStatement], None],
@@ -49,6 +44,7 @@ class Desk:
         on_key: Callable[[str, str], None],
     ) -> None:
         self._store = store
+        self._shelf = shelf
         self._spool = spool
         self._most = most_bytes + _SLACK
         self._on_answer = on_answer
@@ -72,17 +68,23 @@ class Desk:
                 return None
             self._store.wait(before, min(rest, 1.0))
 
-    def payload_for(self, site: str, sha256: str) -> tuple[Path, int]:
-        """The file of a task that waits for this site.
+    def payload_for(self, site: str, sha256: str) -> Payload:
+        """What goes with a task that waits for this site.
 
         Raises:
-            LinkRefused: the site has no such task.
+            LinkRefused: the site has no such task, or it is not laid out yet.
         """
         row = self._store.open_task(site)
         if row is None or row.payload != sha256:
             raise LinkRefused(404, "no task of yours has this payload", "ask for a task")
-        path = self._spool(row.run) / sha256
-        return path, peek(TaskStatement, row.statement).size
+        payload = self._shelf.get(sha256)
+        if payload is None:  # a coordinator that has just been started again
+            raise LinkRefused(503, "the payload is not ready", "try again later")
+        return payload
+
+    def lies_out(self, payload: Payload) -> bool:
+        """Whether a payload is still wanted: its round goes on."""
+        return self._shelf.get(payload.sha256) is payload
 
     def take_answer(self, site: str, sealed: bytes, body: Body, length: int) -> bool:
         """Check and keep an answer; one that comes twice counts once.
@@ -111,7 +113,7 @@ class Desk:
         if row.answer is not None:
             return False
         self._check_open(row)
-        self._keep(statement, body, self._spool(row.run))
+        keep_answer(self._spool(row.run), statement.payload, statement.size, body)
         row = self._store.task(row.id) or row
         if row.answer is not None:
             return False
@@ -136,34 +138,6 @@ class Desk:
             except TrustError:
                 continue
         raise LinkRefused(403, "the answer is not signed by this site's key", "sign it anew")
-
-    def _keep(self, statement: AnswerStatement, body: Body, spool: Path) -> Path:
-        """The answer's file under its hash, whole or not at all."""
-        temporary = spool / f".{uuid.uuid4().hex}"
-        digest = PassingHash()
-        try:
-            spool.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as file:
-                rest = statement.size
-                while rest:
-                    piece = body.read(min(PIECE, rest))
-                    if not piece:
-                        raise LinkRefused(400, "the answer broke off", "send it again")
-                    digest.update(piece)
-                    file.write(piece)
-                    rest -= len(piece)
-            if digest.hexdigest() != statement.payload:
-                raise LinkRefused(
-                    422, "the answer's content is not what was signed", "send it again"
-                )
-            return temporary.replace(spool / statement.payload)
-        except OSError as error:
-            raise LinkRefused(
-                507, f"the coordinator cannot keep the answer ({error.strerror})", "try again later"
-            ) from error
-        finally:
-            digest.close()
-            temporary.unlink(missing_ok=True)
 
     def replace_key(self, site: str, pem: bytes) -> None:
         """Enrol a new certificate of a site that came with its present one.

@@ -1,4 +1,4 @@
-"""A site's client app, fed from files and answering into files."""
+"""A site's client app, fed from files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from fedmed.errors import FedmedError, UpdateRejected
 from fedmed.federation.client_app import make_client_app
 from fedmed.federation.evaluation_task import EvaluateTask
 from fedmed.federation.flower import RUN_ID, context_of, identify
-from fedmed.federation.link.payload import Payload, read_payload, write_payload
+from fedmed.federation.link.outgoing import Payload
+from fedmed.federation.link.payload import make_payload, read_payload
 from fedmed.federation.messages import (
     asks_for_figures,
     read_evaluate_task,
@@ -48,19 +49,17 @@ class Exchange:
             return read_evaluate_task(message)
         return read_task(message)
 
-    def answer(self, request: Path, reply: Path) -> tuple[Payload, str]:
+    def answer(self, request: Path) -> tuple[Payload, str]:
         """Answer a request.
 
         Args:
-            request: the task's payload.
-            reply: file for the answer's.
+            request: file of the task's payload.
 
         Returns:
             The answer, and the reason code if it is a refusal.
 
         Raises:
             UpdateRejected: the request is malformed.
-            CheckpointError: the answer cannot be written.
         """
         message = _message(request)
         answered = self._app(message, context_of(RUN_ID, _NODE, self._site))
@@ -70,16 +69,11 @@ class Exchange:
             refusal = refusal_of(answered)
         except FedmedError:
             refusal = None
-        return write_payload(reply, answered.content), refusal.code if refusal else ""
+        return make_payload(answered.content), refusal.code if refusal else ""
 
-    def refuse(self, refusal: Refusal, reply: Path) -> Payload:
-        """Answer with a refusal, without a look at the request.
-
-        Raises:
-            CheckpointError: the answer cannot be written.
-        """
-        answered = refuse(Message(RecordDict(), _NODE, "train"), refusal)
-        return write_payload(reply, answered.content)
+    def refuse(self, refusal: Refusal) -> Payload:
+        """Answer with a refusal, without a look at the request."""
+        return make_payload(refuse(Message(RecordDict(), _NODE, "train"), refusal).content)
 
 
 def _message(request: Path) -> Message:

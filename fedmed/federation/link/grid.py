@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from flwr.supercore.run import Run
 
 from fedmed.errors import FedmedError, RunStopped
 from fedmed.federation.flower import RUN_ID, identify
-from fedmed.federation.link.payload import Payload, read_payload, write_payload
-from fedmed.federation.link.store import PAUSED, RunState, SiteState, Store, TaskRow
+from fedmed.federation.link.outgoing import Payload, Shelf
+from fedmed.federation.link.payload import make_payload, read_payload
+from fedmed.federation.link.rows import PAUSED, RunState, SiteState, TaskRow
+from fedmed.federation.link.store import Store
 from fedmed.federation.messages import is_refusal, round_of
 from fedmed.trust.keys import SigningKey
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, seal
@@ -57,9 +58,12 @@ class LinkGrid(Grid):
     Args:
         nodes: site by Flower's node id.
         issuer: signs tasks.
-        spool: folder for payloads.
+        shelf: where payloads lie for the sites.
+        spool: folder of the answers' payloads.
         patience: seconds a task may take, as sites are told.
         stop: set when the process is to end.
+        settle: returns once what a task is based on is on disk; a site that has begun a round
+            never goes back to the one before.
         on_issue: told of each task that is issued for the first time.
     """
 
@@ -69,21 +73,25 @@ class LinkGrid(Grid):
         store: Store,
         nodes: dict[int, str],
         issuer: Issuer,
+        shelf: Shelf,
         spool: Path,
         patience: float,
         stop: threading.Event,
+        settle: Callable[[], None] = lambda: None,
         on_issue: Callable[[TaskStatement], None] = lambda _: None,
     ) -> None:
         self._run_name = run
         self._store = store
         self._nodes = dict(nodes)
         self._issuer = issuer
+        self._shelf = shelf
         self._spool = spool
         self._patience = patience
         self._stop = stop
+        self._settle = settle
         self._on_issue = on_issue
         self._asked: dict[str, Message] = {}
-        self._written: tuple[RecordDict, Payload] | None = None
+        self._made: tuple[RecordDict, Payload] | None = None
         self._run = Run.create_empty(RUN_ID)
         identify()
 
@@ -170,7 +178,8 @@ class LinkGrid(Grid):
 
     def _issue(self, message: Message) -> str:
         site = self._nodes[message.metadata.dst_node_id]
-        payload = self._payload(message.content)
+        payload = self._payload(message)
+        self._settle()
         now = int(time.time())
         seq, head = self._issuer.log_head()
         statement = TaskStatement(
@@ -200,15 +209,14 @@ class LinkGrid(Grid):
         self._asked[row.id] = message
         return row.id
 
-    def _payload(self, content: RecordDict) -> Payload:
-        """Written once for all sites of a round that get the same records."""
-        if self._written is not None and _same(self._written[0], content):
-            return self._written[1]
-        temporary = write_payload(self._spool / f".{uuid.uuid4().hex}", content)
-        path = self._spool / temporary.sha256
-        temporary.path.replace(path)
-        payload = Payload(path, temporary.sha256, temporary.size)
-        self._written = (content, payload)
+    def _payload(self, message: Message) -> Payload:
+        """Hashed once for all sites of a round that get the same records."""
+        content = message.content
+        if self._made is not None and _same(self._made[0], content):
+            return self._made[1]
+        payload = make_payload(content)
+        self._shelf.put(self._run_name, round_of(message), payload)
+        self._made = (content, payload)
         return payload
 
     def _reply(self, message: Message, row: TaskRow) -> Message:

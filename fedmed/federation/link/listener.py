@@ -26,11 +26,12 @@ from fedmed import __version__
 from fedmed.errors import FedmedError, LinkRefused, TrustError
 from fedmed.federation.files import PIECE
 from fedmed.federation.link.desk import Desk
+from fedmed.federation.link.lobby import Lobby
 from fedmed.federation.link.store import Store
 from fedmed.trust.certificates import fingerprint_of
 from fedmed.trust.statements import MOST
 
-_HANDSHAKE: Final = 10.0  # seconds
+_HANDSHAKE: Final = 10.0  # seconds from its beginning to its end
 _LINGER: Final = 2.0
 _IDLE: Final = 75.0  # seconds without a byte
 _MOST_CALLERS: Final = 512
@@ -86,7 +87,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.closing = threading.Event()
         self._certificate, self._key = certificate, key
         self._context: tuple[tuple[str, ...], ssl.SSLContext] | None = None
-        self._callers = threading.BoundedSemaphore(_MOST_CALLERS)
+        self.lobby = Lobby()
         self._connections: Counter[str] = Counter()
         self._lock = threading.Lock()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -110,24 +111,15 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self._context = (admitted, _context(self._certificate, self._key, admitted))
             return self._context[1]
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._callers.acquire(blocking=False):
-            self.shutdown_request(request)  # a flood costs its own connections
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._callers.release()
-
     @contextlib.contextmanager
     def connection(self, fingerprint: str) -> Iterator[bool]:
         """Count a certificate's connection while it lasts; False if there are too many."""
         with self._lock:
             self._connections[fingerprint] += 1
-            fits = self._connections[fingerprint] <= _MOST_OF_ONE
+            fits = (
+                self._connections[fingerprint] <= _MOST_OF_ONE
+                and self._connections.total() <= _MOST_CALLERS
+            )
         try:
             yield fits
         finally:
@@ -159,14 +151,19 @@ def _context(certificate: Path, key: Path, admitted: tuple[str, ...]) -> ssl.SSL
     return context
 
 
-def _handshake(plain: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+def _handshake(
+    plain: socket.socket, address: str, context: ssl.SSLContext, lobby: Lobby
+) -> ssl.SSLSocket:
     """TLS over a caller's connection; raises OSError and lets go of it if there is to be none."""
     tls = context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
-    tls.settimeout(_HANDSHAKE)
+    tls.settimeout(_HANDSHAKE)  # for all of it: a byte now and then gains no time
     try:
-        tls.do_handshake()
+        with lobby.waiting(tls, address):
+            tls.do_handshake()
     except ssl.SSLError:
-        _hear_out(socket.socket(fileno=tls.detach()))
+        refused = socket.socket(fileno=tls.detach())
+        with lobby.waiting(refused, address):
+            _hear_out(refused)
         raise
     except BaseException:
         tls.close()
@@ -216,7 +213,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     _body: _Body
 
     def setup(self) -> None:
-        self.request = _handshake(self.request, self.server.context())
+        self.request = _handshake(
+            self.request, self.client_address[0], self.server.context(), self.server.lobby
+        )
         self.request.settimeout(_IDLE)
         der = self.request.getpeercert(binary_form=True)
         self._body = _Body(None, 0)
@@ -255,19 +254,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         parts = self.path.split("/")
         if len(parts) != 4 or parts[:3] != ["", "v1", "payload"]:
             raise LinkRefused(404, "there is no such thing here")
-        path, size = self.server.desk.payload_for(site, parts[3])
-        start = _range(self.headers.get("Range"), size)
-        try:
-            with path.open("rb") as file:
-                file.seek(start)
-                self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(size - start))
-                self.end_headers()
-                while piece := file.read(PIECE):
-                    self.wfile.write(piece)
-            self.server.desk.sent(site, size - start)
-        except FileNotFoundError as error:
-            raise LinkRefused(404, "the payload is gone", "ask for a task") from error
+        payload = self.server.desk.payload_for(site, parts[3])
+        start = _range(self.headers.get("Range"), payload.size)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(payload.size - start))
+        self.end_headers()
+        for piece in payload.pieces(start):
+            if not self.server.desk.lies_out(payload):  # slow callers must not keep old weights
+                self.close_connection = True
+                return
+            self.wfile.write(piece)
+        self.server.desk.sent(site, payload.size - start)
 
     def _post(self, site: str) -> None:
         length = self._length()

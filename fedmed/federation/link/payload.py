@@ -1,9 +1,9 @@
-"""Flower messages as files: what is hashed, signed, sent and kept.
+"""Flower messages as bytes: what is hashed, signed, sent and kept.
 
-A file is in the safetensors format (8 bytes length, a JSON header, flat buffers): nothing in it
+They are in the safetensors format (8 bytes length, a JSON header, flat buffers): nothing in it
 can be executed, and its arrays are read without decoding them. The records beside the arrays
-are scalars in the header. Written and read in pieces, so that a message of any size needs no
-second copy in memory.
+are scalars in the header. A message is sent from where its arrays lie, and what was received is
+mapped from its file: neither end needs a second copy in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from fedmed.codec import build
 from fedmed.errors import ConfigError, UpdateRejected
-from fedmed.federation.files import DTYPES, save_arrays
+from fedmed.federation.files import DTYPES, lay_out
+from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.messages import ARRAYS, CONFIG, METRICS, ViewArray, values_of
 from fedmed.hashing import sha256_file
 
@@ -32,26 +33,8 @@ _NUMPY: Final = {short: np.dtype(name) for name, short in DTYPES.items()}
 Plain = str | int | float | bool
 
 
-@dataclass(frozen=True)
-class Payload:
-    """A written file.
-
-    Attributes:
-        sha256: of the whole file.
-        size: in bytes.
-    """
-
-    path: Path
-    sha256: str
-    size: int
-
-
-def write_payload(path: Path, content: RecordDict) -> Payload:
-    """Write a message's records, whole or not at all.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written.
-    """
+def make_payload(content: RecordDict) -> Payload:
+    """A message's records, ready to be sent; the arrays stay where they are."""
     records: dict[str, Mapping[str, Any]] = {}
     arrays: dict[str, NDArray[Any]] = {}
     for name, record in content.items():
@@ -60,16 +43,14 @@ def write_payload(path: Path, content: RecordDict) -> Payload:
         else:
             records[name] = dict(record)
     facts = {"records": json.dumps(records, allow_nan=False)}
-    # Not forced to disk: whoever needs it again can make or ask for it again.
-    written = save_arrays(path, arrays, facts, mode=0o600, durable=False)
-    return Payload(path, written.sha256, written.size)
+    return Payload.of(lay_out(arrays, facts))
 
 
 def read_payload(path: Path) -> RecordDict:
     """A message's records; arrays are views of the file.
 
     Raises:
-        UpdateRejected: the file is not what :func:`write_payload` writes.
+        UpdateRejected: the file is not what :func:`make_payload` makes.
     """
     header, start = _header(path)
     facts = header.pop("__metadata__", None)

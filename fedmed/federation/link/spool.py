@@ -1,0 +1,82 @@
+"""The folder of a run's answers: each under its hash, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+from typing import BinaryIO, Final, Protocol
+
+from fedmed.errors import LinkRefused
+from fedmed.federation.files import PIECE
+from fedmed.hashing import PassingHash
+
+_SPARE: Final = ".spare-"  # begins the names of files to be written over
+
+
+class Body(Protocol):
+    """What is left of a request."""
+
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes; none at the end."""
+
+
+def keep_answer(spool: Path, sha256: str, size: int, body: Body) -> None:
+    """Write an answer's content while it comes.
+
+    Raises:
+        LinkRefused: it broke off, is not what was signed, or the disk is full; nothing is kept.
+    """
+    temporary = spool / f".{uuid.uuid4().hex}"
+    digest = PassingHash()
+    try:
+        spool.mkdir(parents=True, exist_ok=True)
+        with _opened(spool, temporary) as file:
+            rest = size
+            while rest:
+                piece = body.read(min(PIECE, rest))
+                if not piece:
+                    raise LinkRefused(400, "the answer broke off", "send it again")
+                digest.update(piece)
+                file.write(piece)
+                rest -= len(piece)
+            file.truncate()
+        if digest.hexdigest() != sha256:
+            raise LinkRefused(422, "the answer's content is not what was signed", "send it again")
+        temporary.replace(spool / sha256)
+    except OSError as error:
+        raise LinkRefused(
+            507, f"the coordinator cannot keep the answer ({error.strerror})", "try again later"
+        ) from error
+    finally:
+        digest.close()
+        temporary.unlink(missing_ok=True)
+
+
+def drop_answers(spool: Path, needed: Collection[str], *, recycle: bool) -> None:
+    """Drop all answers but some.
+
+    Args:
+        recycle: write the next round's answers over them: pages that hold a file cost less than
+            new ones. Nobody may read them any more.
+    """
+    for path in spool.glob("[!.]*"):
+        if path.name in needed:
+            continue
+        if recycle:
+            path.replace(spool / f"{_SPARE}{uuid.uuid4().hex}")
+        else:
+            path.unlink(missing_ok=True)
+    if not recycle:
+        for path in spool.glob(f"{_SPARE}*"):
+            path.unlink(missing_ok=True)
+
+
+def _opened(spool: Path, path: Path) -> BinaryIO:
+    """A file to write from its beginning, over an old one where there is any."""
+    for spare in spool.glob(f"{_SPARE}*"):
+        with contextlib.suppress(FileNotFoundError):  # another answer was quicker
+            spare.replace(path)
+            return path.open("r+b")
+    return path.open("xb")
