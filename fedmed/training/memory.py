@@ -20,7 +20,7 @@ def kept_memory() -> Iterator[None]:
     """Within it, memory that is freed stays with the process; at its end all goes back.
 
     Left alone, glibc gives a step's memory back to the system and gets it anew in the next one,
-    where each page is cleared at its first use: 2 % to 20 % of a step on a CPU, by turns. The
+    where each page is cleared at its first use: up to a fifth of a step on a CPU. The
     largest resident size does not change but for a few percent of gaps. With another C library
     nothing happens.
     """
