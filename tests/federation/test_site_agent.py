@@ -315,8 +315,21 @@ def _train_for_ever(agent, data, log) -> None:
             os.fsync(released.fileno())
 
 
+def _wait_for_lines(log, count: int) -> None:
+    import time
+
+    deadline = time.monotonic() + 120
+    while log.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline, "the site answered nothing for two minutes"
+        time.sleep(0.002)
+
+
 def test_killing_a_training_site_never_leaves_less_than_was_released(agent, data, tmp_path):
-    """kill -9 at 50 random points of admit, reserve, train, commit, answer."""
+    """kill -9 at 50 random points of admit, reserve, train, commit, answer.
+
+    The child's own answers are the clock: a slow machine too is struck within rounds, not only in
+    the start of the site.
+    """
     import os
     import random
     import signal
@@ -332,13 +345,15 @@ def test_killing_a_training_site_never_leaves_less_than_was_released(agent, data
     usual = time.perf_counter() - started
     site.close()  # the log belongs to one process at a time
     for _ in range(50):
+        answers = log.read_bytes().count(b"\n")
         child = os.fork()  # importing the networks anew would take most of the test
         if child == 0:
             try:
                 _train_for_ever(agent(), data, log)
             finally:
                 os._exit(1)
-        time.sleep(chance.uniform(0.0, 4 * usual))
+        _wait_for_lines(log, answers + chance.randrange(3))
+        time.sleep(chance.uniform(0.0, 2 * usual))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the site stopped by itself"
