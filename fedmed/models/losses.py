@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Final
 
@@ -80,8 +81,9 @@ def default_loss(task: TaskSpec) -> str:
             return "bce"
 
 
+@cache
 def make_loss(name: str, task: TaskSpec) -> Loss:
-    """The loss called ``name`` for ``task``: (logits, targets) to ``[N]``.
+    """The loss called ``name`` for ``task``: (logits, targets) to ``[N]``; the same one each time.
 
     Raises:
         ConfigError: unknown name, or a loss that does not fit the task.

@@ -15,6 +15,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -81,9 +82,10 @@ def make_compatible(model: nn.Module) -> tuple[nn.Module, tuple[Change, ...]]:
         if getattr(layer, "inplace", False) is True:
             layer.inplace = False
             changes.append(Change(name, f"{type(layer).__name__} in place", "out of place"))
-        forward = _residual_forward(type(layer))
+        kind = type(layer)
+        forward = _residual_forward(kind)
         if forward is not None:
-            layer.__class__ = _out_of_place(type(layer), forward)
+            layer.__class__ = _out_of_place(kind, forward)  # type: ignore[arg-type]  # hashable
             changes.append(Change(name, "residual sum in place", "out of place"))
     verdict(fit)
     order = {name: position for position, (name, _) in enumerate(fit.named_modules())}
@@ -277,5 +279,7 @@ def _residual_forward(kind: type) -> _Forward | None:
     return None
 
 
+@cache
 def _out_of_place(kind: type[nn.Module], forward: _Forward) -> type[nn.Module]:
+    # One class for each kind: what was found out about a network holds for the next one built.
     return type(kind.__name__, (kind,), {"forward": forward, "residual_out_of_place": True})

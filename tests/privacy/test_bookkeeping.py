@@ -35,7 +35,9 @@ def test_a_batch_that_does_not_fit_is_cut_and_nothing_counts_twice(most):
     images, targets = batch(2, 12, 1, 0)
     model = Tight(most).double()
     mode = BookKeepingGradients(12)
-    mode._proved[model] = {images.shape[1:]}  # the proof would need three images at once
+    mode._proved[model] = {
+        (cross_entropy, images.shape[1:])
+    }  # the proof would need three images at once
     arguments = (model, cross_entropy, images, targets, UNITS, 6, 0.3)
     got = mode.clipped_sum(*arguments)
     assert worst(got, naive(model.net, *arguments[1:], 1)) <= 1e-9
@@ -49,7 +51,7 @@ def test_one_image_that_does_not_fit_is_an_error():
     images, targets = batch(2, 12, 1, 0)
     model = Tight(0).double()
     mode = BookKeepingGradients(12)
-    mode._proved[model] = {images.shape[1:]}
+    mode._proved[model] = {(cross_entropy, images.shape[1:])}
     with pytest.raises(torch.OutOfMemoryError, match="smaller images"):
         mode.clipped_sum(model, cross_entropy, images, targets, UNITS, 6, 0.3)
 
@@ -71,6 +73,19 @@ def test_a_network_that_mixes_samples_is_refused_by_name():
     BookKeepingGradients(12).clipped_sum(Mixing(0.0), *arguments)
     with pytest.raises(IncompatibleModel, match=r"Mixing.*mixes samples"):
         BookKeepingGradients(12).clipped_sum(Mixing(1.0), *arguments)
+
+
+def test_each_loss_is_proved_although_their_names_are_the_same():
+    images, targets = batch(2, 12, 1, 0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()
+
+    def scaled(share):
+        return lambda x, y: cross_entropy(x - share * x.mean(0), y)
+
+    mode = BookKeepingGradients(12)
+    mode.clipped_sum(network, scaled(0.0), images, targets, UNITS, 6, 0.3)
+    with pytest.raises(IncompatibleModel, match="mixes samples"):
+        mode.clipped_sum(network, scaled(1.0), images, targets, UNITS, 6, 0.3)
 
 
 def test_the_proof_draws_from_no_stream_of_the_training():

@@ -25,6 +25,8 @@ from fedmed.privacy.clipping.tape import REMEDY, Precision, Tape, clip_factors
 from fedmed.privacy.gradients import PerSampleLoss, check_network
 from fedmed.privacy.row_norms import row_norms
 
+_Use = tuple[PerSampleLoss, torch.Size]  # of a network: with which loss, on images of which shape
+
 CHOOSER = Chooser()
 """Remembers the fastest ways for all of a process."""
 
@@ -43,7 +45,7 @@ class BookKeepingGradients:
             raise ValueError(f"expected capacity={capacity} >= 1")
         self._capacity = capacity
         self._chooser = chooser or CHOOSER
-        self._proved: WeakKeyDictionary[nn.Module, set[torch.Size]] = WeakKeyDictionary()
+        self._proved: WeakKeyDictionary[nn.Module, set[_Use]] = WeakKeyDictionary()
 
     def check(self, model: nn.Module) -> None:
         """Refuse layers that mix samples or keep statistics of them.
@@ -66,7 +68,8 @@ class BookKeepingGradients:
     ) -> list[Tensor]:
         """See :meth:`fedmed.privacy.gradients.GradientMode.clipped_sum`.
 
-        The first batch of a network is preceded by a proof on random images, see :func:`prove`.
+        The first batch of a network and a loss is preceded by a proof on random images, see
+        :func:`prove`.
 
         Raises:
             IncompatibleModel: a parameter is used in a way that cannot be followed by sample, or
@@ -79,10 +82,11 @@ class BookKeepingGradients:
             return [_zeros(p) for p in model.parameters() if p.requires_grad]
         # With one sample a pass every unit is alone, and autograd's gradient is the unit's.
         proved = self._proved.setdefault(model, set())
-        if self._capacity > 1 and images.shape[1:] not in proved:
+        use = (loss, images.shape[1:])
+        if self._capacity > 1 and use not in proved:
             samples = min(3, self._capacity)
             if prove(model, loss, images, targets, self._all_pieces, samples=samples):
-                proved.add(images.shape[1:])
+                proved.add(use)
         return self._all_pieces(model, loss, images, targets, units, n_units, max_norm, copies)
 
     def _all_pieces(

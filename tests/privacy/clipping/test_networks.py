@@ -9,7 +9,7 @@ from oracle import Batch, Rotating, assert_batch_exact
 from fedmed.models.factory import build_model
 from fedmed.models.losses import default_loss, make_loss
 from fedmed.models.registry import MODELS
-from fedmed.privacy.clipping import bookkeeping
+from fedmed.privacy.clipping import bookkeeping, proof
 from fedmed.privacy.clipping.choice import Chooser
 from fedmed.privacy.compat import make_compatible
 from fedmed.types import ModelSpec, TaskKind, TaskSpec
@@ -81,3 +81,13 @@ def test_network(name, dims, monkeypatch):
 
 def test_every_network_is_small_or_of_fixed_size():
     assert set(MODELS) - set(SMALL) == {"tv_resnet18", "tv_resnet50", "tv_convnext_tiny"}
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_a_network_that_is_built_again_is_known(name, dims):
+    """A site builds it anew every round; the proof costs several steps."""
+    kind = TaskKind.SEGMENTATION if MODELS[name].is_segmentation else TaskKind.MULTICLASS
+    task = TaskSpec(kind, ("a", "b", "c"), dims, 1, image_size(name, dims))
+    spec = ModelSpec(name, SMALL.get(name, {}))
+    first, second = (make_compatible(build_model(spec, task, seed=s))[0] for s in (0, 1))
+    assert proof._signature(first) == proof._signature(second)
