@@ -1,7 +1,8 @@
 """The whole DP step beside its gradient, measured inside a real ``fedmed run``.
 
 Wall time of each site's local work (batches fetched and augmented, gradients, noise, optimiser)
-and of the clipped gradients within it. The first round of each site is left out: kernels are
+and of the clipped gradients within it; a proof that a network is followed rightly is none of them
+and belongs to the whole. The first round of each site is left out: kernels are
 chosen and caches filled there.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from fedmed.cli.main import main as fedmed
+from fedmed.privacy.clipping import bookkeeping
 from fedmed.privacy.clipping.bookkeeping import BookKeepingGradients
 from fedmed.training.trainer import FitResult, Prepared, Trainer
 
@@ -36,6 +38,7 @@ class Row:
 def watch(rows: list[Row]) -> None:
     """Time every local epoch and the gradients in it."""
     gradient = BookKeepingGradients.clipped_sum
+    prove = bookkeeping.prove
     fit = Trainer.fit
     spent = 0.0
 
@@ -47,6 +50,14 @@ def watch(rows: list[Row]) -> None:
         finally:
             spent += _now() - started
 
+    def timed_proof(*args: Any, **named: Any) -> bool:
+        nonlocal spent
+        started = _now()
+        try:
+            return prove(*args, **named)
+        finally:
+            spent -= _now() - started
+
     def timed_fit(self: Trainer, prepared: Prepared) -> FitResult:
         nonlocal spent
         spent, started = 0.0, _now()
@@ -55,6 +66,7 @@ def watch(rows: list[Row]) -> None:
             rows.append(Row(result.images, _now() - started, spent))
         return result
 
+    bookkeeping.prove = timed_proof
     BookKeepingGradients.clipped_sum = timed_gradient  # type: ignore[method-assign]
     Trainer.fit = timed_fit  # type: ignore[method-assign]
 
