@@ -14,7 +14,7 @@ from cryptography import x509
 
 from fedmed.audit.log import AuditLog, LogHeld
 from fedmed.config.toml import read_toml
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, TrustError
 from fedmed.federation.files import write_atomic
 from fedmed.federation.link.outgoing import Shelf
 from fedmed.federation.link.store import Store
@@ -199,11 +199,7 @@ def create_study(
 
 
 def certificates_ending(folder: StudyFolder) -> tuple[str, ...]:
-    """Warnings of certificates that end soon, or have ended.
-
-    Raises:
-        ConfigError, TrustError: a certificate's file cannot be read.
-    """
+    """Warnings of certificates that end soon, have ended, or cannot be read."""
     keys, own = folder.path / "keys", folder.settings.tls_certificate is not None
     renew = "fedmed coordinator renew, then restart serve"
     files = {
@@ -215,10 +211,10 @@ def certificates_ending(folder: StudyFolder) -> tuple[str, ...]:
     for name, (path, remedy) in files.items():
         try:
             left = certificates.days_left(certificates.load(path.read_bytes()))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot read {path}: {error.strerror}", "correct study.toml, or restore the file"
-            ) from error
+        except (OSError, TrustError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a certificate"
+            found.append(f"cannot read {path} ({reason}): correct study.toml, or restore the file")
+            continue
         if left < certificates.SOON:
             when = f"ends in {left:.0f} days" if left > 0 else "has ended"
             found.append(f"the {name} certificate {when}: {remedy}")

@@ -72,7 +72,8 @@ class StudyService:
                 while not self._stop.wait(_TICK):
                     if time.monotonic() - warned > _DAY:
                         warned = time.monotonic()
-                        self._warn()
+                        for warning in certificates_ending(self._folder):
+                            _log.warning("%s", warning)
                     try:
                         self._folder.flush_events(log)
                         self._look_for_work(log)
@@ -85,14 +86,6 @@ class StudyService:
                     self._worker.join()
                 with suppress(AuditError):
                     log.append("service-stopped")
-
-    def _warn(self) -> None:
-        """Of certificates that end soon; a file that cannot be read is no reason to stop."""
-        try:
-            for warning in certificates_ending(self._folder):
-                _log.warning("%s", warning)
-        except FedmedError as error:
-            _log.warning("%s", error)
 
     @contextmanager
     def _listening(self, log: AuditLog) -> Iterator[int]:

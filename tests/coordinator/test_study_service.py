@@ -318,8 +318,15 @@ def test_institutions_certificate_that_is_gone(served):
     folder = StudyFolder(served.folder.path)
     assert study_status(folder).warnings == ()
     settings.write_text(settings.read_text().replace('certificate = "/', 'certificate = "/gone/'))
-    with pytest.raises(ConfigError, match=r"cannot read /gone/.*; correct study.toml"):
-        study_status(StudyFolder(served.folder.path))
+    (warning,) = study_status(StudyFolder(served.folder.path)).warnings
+    assert warning.startswith("cannot read /gone/")
+    assert warning.endswith("(No such file or directory): correct study.toml, or restore the file")
+    (served.folder.path / "keys" / "authority.crt").write_text("no certificate")
+    told = study_status(StudyFolder(served.folder.path)).warnings
+    assert [w.split("(")[1].split(")")[0] for w in told] == [
+        "No such file or directory",
+        "not a certificate",
+    ]
 
 
 def test_folder_that_is_none(tmp_path):
