@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
@@ -137,9 +138,9 @@ class BookKeepingGradients:
         max_norm: float,
     ) -> list[Tensor]:
         rows = piece.samples
-        index = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(images.device)
+        index = rows if isinstance(rows, slice) else _on(images.device, rows)
         images, targets = images[index].detach(), targets[index]
-        weights = torch.from_numpy(piece.weights).to(images.device)
+        weights = _on(images.device, piece.weights)
         layout = piece.layout
         if layout.units == 1:
             return self._alone(model, loss, images, targets, weights, max_norm)
@@ -221,6 +222,11 @@ def one_pass(
                 REMEDY,
             )
     return tape
+
+
+def _on(device: torch.device, values: NDArray[Any]) -> Tensor:
+    """Copied without waiting for what the device is busy with."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def _zeros(parameter: Tensor) -> Tensor:
