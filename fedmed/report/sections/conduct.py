@@ -7,6 +7,7 @@ from collections import Counter
 from fedmed.report import wording
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Figure, Folded, Row, Section, Table, Text, Value
+from fedmed.report.guidelines import answers
 from fedmed.report.sitelogs import Entry, SiteLog
 
 _LOGGED = "The site's audit log, written when the update left."
@@ -15,7 +16,7 @@ _NO_LOGS = "The run folder holds no site's audit log: between real hospitals eac
 
 def sent(study: Study) -> Section:
     """Bytes, norms and ε of every update."""
-    items = ("CHAI: Trust ingredients, transparency",)
+    items = answers("Trust ingredients, transparency")
     title = "What each site sent"
     logs = [log for log in study.logs if log.sent]
     if not logs:
@@ -74,7 +75,7 @@ def _hash(log: SiteLog, entry: Entry) -> Value:
 
 def refused(study: Study) -> Section:
     """Refusals in the logs and rounds lost in the summary."""
-    items = ("CHAI: Warnings", "TRIPOD+AI 20a")
+    items = answers("Warnings")
     blocks: list[Block] = []
     rows = []
     for log in study.logs:
@@ -115,7 +116,7 @@ def _lost(reason: str) -> str:
 
 def audit(study: Study) -> Section:
     """The last hash of each log, and whether the log holds."""
-    items = ("CHAI: Trust ingredients, transparency",)
+    items = answers("Trust ingredients, transparency")
     if not study.logs:
         return Section("audit", "Audit logs", items, (Text(_NO_LOGS, "quiet"),))
     rows = []

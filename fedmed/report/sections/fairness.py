@@ -8,9 +8,10 @@ from fedmed.evaluation.evidence import Gap, Subgroups, Verdict
 from fedmed.report import terms
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Bullets, Figure, Row, Section, Table, Text, Value
+from fedmed.report.guidelines import answers
 from fedmed.report.sections.common import VERDICTS, figure_names, performances, sentence
 
-ITEMS = ("CHAI: Key metrics, fairness", "TRIPOD+AI 3c, 12f, 14, 23a")
+ITEMS = answers("Key metrics, fairness and equity", "14", "23a")
 _LEGEND = (
     "Gap: the interval, widened for the number of comparisons, excludes zero and passes the margin "
     "of what counts as none. The group does worse than all others, or better, and they worse.",

@@ -6,9 +6,10 @@ from fedmed.evaluation import evidence
 from fedmed.report import terms
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Figure, Folded, Row, Section, Table, Text
+from fedmed.report.guidelines import answers
 from fedmed.report.sections.common import MISSING, reduced, sentence, title
 
-SAFETY = "CHAI: Key metrics, safety and reliability"
+SAFETY = "Key metrics, safety and reliability"
 
 
 def plot_name(target: str, targets: int) -> str:
@@ -37,7 +38,7 @@ def thresholds(study: Study) -> Section | None:
         "specificity, PPV and NPV in this report are measured at them."
     )
     table = reduced(Table("Thresholds", ("Class", "Threshold", "Rule"), rows))
-    return Section("thresholds", "Thresholds", (SAFETY, "TRIPOD+AI 15"), (text, table))
+    return Section("thresholds", "Thresholds", answers(SAFETY, "15"), (text, table))
 
 
 def calibration(study: Study) -> Section | None:
@@ -62,13 +63,14 @@ def calibration(study: Study) -> Section | None:
     text = Text(
         "When the model says 70 %, about 70 of 100 such cases should have the finding. Its "
         "logits are divided by a temperature, fitted on validation images (Guo et al., ICML 2017), "
-        "which changes no ranking. Errors are measured on test images, before and after."
+        "which changes no image's most probable answer. Errors are measured on test images, "
+        "before and after."
     )
     blocks: list[Block] = [text, reduced(Table("Calibration", head, tuple(rows)))]
     for i, target in enumerate(targets):
         if any(b.observed.value is not None for b in target.bins):
             blocks += [Figure(plot_name(target.target, len(targets))), _bins(study, i)]
-    items = (SAFETY, "TRIPOD+AI 12e, 23a")
+    items = answers(SAFETY, "12e", "23a")
     return Section("calibration", "Calibration", items, tuple(blocks))
 
 
@@ -145,7 +147,7 @@ def prediction_sets(study: Study) -> Section | None:
     if isinstance(table, Table):
         blocks.append(Figure("coverage"))
     blocks.append(table)
-    items = (SAFETY, "TRIPOD+AI 15, 23a")
+    items = answers(SAFETY, "15", "23a")
     return Section("sets", "Prediction sets and referral", items, tuple(blocks))
 
 
