@@ -17,10 +17,10 @@ from fedmed.evaluation.summaries import Grid, merge, targets_of
 from fedmed.evaluation.summary_answers import Answer, patients_shown
 from fedmed.evaluation.summary_figures import (
     DEFAULT_THRESHOLD,
-    Told,
     choose_threshold,
     told_figures,
 )
+from fedmed.evaluation.summary_intervals import Told
 from fedmed.evaluation.told_groups import Column, told_subgroups
 from fedmed.federation.evaluation_round import EvaluationReport
 from fedmed.federation.evaluation_task import EvaluationRequest, EvaluationUpdate
