@@ -112,6 +112,14 @@ def uses(study: Study) -> Section:
     return Section("uses", "Intended use", items, (Facts(tuple(facts)), released))
 
 
+def _off(study: Study) -> bool:
+    """Whether a calibration error is above 0 for sure."""
+    evidence = study.evidence
+    errors = [c.after.get("ece") for c in evidence.calibration]
+    errors += [f for name, f in evidence.pooled.figures.items() if terms.split(name)[0] == "ece"]
+    return any(e is not None and bool(e.low) for e in errors)
+
+
 def warnings(study: Study) -> Section:
     """Known limits."""
     evidence = study.evidence
@@ -125,6 +133,8 @@ def warnings(study: Study) -> Section:
             f"{len(open_)} of {len(groups)} comparisons between groups stay open: nothing here "
             "shows that the model serves those groups equally well."
         )
+    if _off(study):
+        limits.append("Stated probabilities cannot be taken at their word: see calibration error.")
     if not groups:
         limits.append("No subgroup was examined; the model may do worse for some patients.")
     limits.append(

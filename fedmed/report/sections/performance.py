@@ -25,8 +25,17 @@ def overall(study: Study) -> Section:
         for m in metrics
     )
     patients = study.patients("pooled", "patients").text
-    intro = f"On test images of {patients} patients, none of whom the model was trained on."
-    if study.exact:
+    intro = (
+        f"On test images of {patients} patients, none of whom the model was trained on. Each image "
+        "is a case, also where a patient has several."
+    )
+    if study.told:
+        intro += (
+            f" Intervals are made to hold the true value in {terms.percent(LEVEL)} of such "
+            "studies; they take a patient's images for alike, and hold what the sums that the "
+            "sites told leave open."
+        )
+    elif study.exact:
         intro += (
             f" Intervals are made to hold the true value in {terms.percent(LEVEL)} of such "
             f"studies; they come from {evidence.resamples:,} bootstrap resamples of patients, not "

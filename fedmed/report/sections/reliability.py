@@ -33,7 +33,8 @@ def thresholds(study: Study) -> Section | None:
         for i, point in enumerate(points)
     )  # fmt: skip
     text = Text(
-        "A calibrated probability at or above the threshold is called positive. Thresholds were "
+        f"A {'calibrated ' if study.evidence.calibration else ''}probability at or above the "
+        "threshold is called positive. Thresholds were "
         "chosen on validation images only, before any test image was looked at. Sensitivity, "
         "specificity, PPV and NPV in this report are measured at them."
     )
@@ -67,11 +68,33 @@ def calibration(study: Study) -> Section | None:
         "before and after."
     )
     blocks: list[Block] = [text, reduced(Table("Calibration", head, tuple(rows)))]
+    blocks += [Text(words, "unsure") for target in targets if (words := off(target))]
     for i, target in enumerate(targets):
         if any(b.observed.value is not None for b in target.bins):
             blocks += [Figure(plot_name(target.target, len(targets))), _bins(study, i)]
     items = answers(SAFETY, "12e", "23a")
     return Section("calibration", "Calibration", items, tuple(blocks))
+
+
+def off(target: evidence.Calibration) -> str:
+    """What a reader must know of probabilities that are off, in which direction; else empty."""
+    error = target.after.get("ece")
+    if error is None or not error.low:  # an interval that begins at 0 fits probabilities that hold
+        return ""
+    known = [(b, b.probability.value, b.observed.low, b.observed.high) for b in target.bins]
+    more = [b for b, said, low, _ in known if said is not None and low is not None and low > said]
+    fewer = [
+        b for b, said, _, high in known if said is not None and high is not None and high < said
+    ]
+    text = (
+        f"The probabilities of {target.target} cannot be taken at their word: the interval of the "
+        "calibration error excludes 0, with the temperature applied too."
+    )
+    for bins, word in ((more, "more"), (fewer, "fewer")):
+        if bins:
+            where = terms.listed([f"{b.low:.0%} to {b.high:.0%}".replace("%", " %") for b in bins])
+            text += f" Where the model says {where}, {word} cases had the finding than it says."
+    return text
 
 
 def _bins(study: Study, i: int) -> Folded:

@@ -109,9 +109,12 @@ def reproduce(study: Study) -> Section:
             sha.text, held, sha.trace, "Hash of model.safetensors.",
             tone="bad" if "DIFFERS" in held else "",
         )),
-        ("Bootstrap resamples", study.fact("resamples")),
-        ("Bootstrap seed", study.fact("seed")),
     ]  # fmt: skip
+    if evidence.resamples:
+        facts += [
+            ("Bootstrap resamples", study.fact("resamples")),
+            ("Bootstrap seed", study.fact("seed")),
+        ]
     if files.has(CONFIG):
         digest = sha256_file(files.folder / CONFIG)
         where = trace(CONFIG)
