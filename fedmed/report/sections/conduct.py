@@ -11,6 +11,10 @@ from fedmed.report.guidelines import answers
 from fedmed.report.sitelogs import Entry, SiteLog
 
 _LOGGED = "The site's audit log, written when the update left."
+_SUMS = (
+    " After the last round sites told sums over their images as well, from which the figures here "
+    "were made; how, the last section says."
+)
 _NO_LOGS = "The run folder holds no site's audit log: between real hospitals each keeps its own."
 
 
@@ -41,7 +45,7 @@ def sent(study: Study) -> Section:
     blocks: tuple[Block, ...] = (
         Text(
             "In each round a site answered with changed model weights and nothing else: no image, "
-            f"no name, no label, no count. {norm}"
+            f"no name, no label, no count. {norm}{_SUMS if study.told else ''}"
         ),
         Table("Updates by site", head, rows),
         Figure("norms"),
