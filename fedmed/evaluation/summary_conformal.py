@@ -37,7 +37,9 @@ _NOISY: Final = (
     " The sums hold noise, so the level is not promised; the coverage on test images says how far "
     "it is kept."
 )
-_TOO_FEW: Final = " Too few validation images for this level: nothing is ruled out."
+_TOO_FEW: Final = (
+    " Too few validation images, or cells too wide, for this level: nothing is ruled out."
+)
 _JOINT: Final = "not known: sums do not tell which classes a set holds together"
 _NO_SPREAD: Final = "no interval: sums do not tell how far images differ"
 _SLACK: Final = 1e-9
@@ -132,10 +134,13 @@ def told_conformal(
 
 
 def _edge(true: _Scores, level: float, cluster: float, grid: Grid) -> int:
-    """Lower edge of the bin that surely enough true answers reach; 0 where none does."""
+    """Lower edge of the highest bin that surely enough true answers reach; 0 where none does.
+
+    With noise counts can be negative: the first bin that too few reach ends the search.
+    """
     at_least = np.bincount(true.low, true.count, grid.bins)[::-1].cumsum()[::-1]
-    enough = np.flatnonzero(at_least >= level * (true.count.sum() + cluster) - _SLACK)
-    return int(enough[-1]) if len(enough) else 0
+    few = at_least < level * (true.count.sum() + cluster) - _SLACK
+    return max(0, int(few.argmax()) - 1) if few.any() else grid.bins - 1
 
 
 def _judge(

@@ -144,6 +144,16 @@ def test_too_few_images_rule_nothing_out():
     assert found.referred["pooled"].value == 1
 
 
+def test_a_network_that_is_always_sure_and_right_keeps_one_answer():
+    truth = np.arange(200) % 2
+    sure = Predictions(truth.astype(float), truth)
+    found = judged([sure], [sure], BINARY)
+    assert 0.89 < found.threshold.value < 1  # where their cell begins
+    assert found.coverage["pooled"].value == 1
+    assert found.set_size["pooled"].value == 1
+    assert found.referred["pooled"].value == 0
+
+
 def test_noise_is_allowed_for_and_said():
     rng = np.random.default_rng(5)
     spec, grid = sum_mechanism(2.0, 1e-5, 1), Grid(32, 4.0)
