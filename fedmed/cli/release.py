@@ -102,6 +102,7 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Show the findings; make the release where all passed."""
+    from fedmed.release.advice import advice
     from fedmed.release.build import make_release, read_candidate
     from fedmed.release.criteria import check
 
@@ -117,6 +118,7 @@ def run_check(args: argparse.Namespace) -> int:
         facts = {
             "passed": passed,
             "findings": plain(findings),
+            "advice": list(advice(candidate.evidence, criteria)),
             "release": str(args.out) if passed and args.out else None,
         }
         print(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -124,6 +126,8 @@ def run_check(args: argparse.Namespace) -> int:
         _show(findings)
         failed = sum(not f.passed for f in findings)
         print(f"{failed} of {len(findings)} criteria are not met" if failed else "all are met")
+        for line in advice(candidate.evidence, criteria):
+            print(line)
         if args.out is not None:
             print(f"release: {args.out}" if passed else "no release was made")
     return 0 if passed else 1

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.evaluation.bootstrap import RESAMPLES, draw, figure
-from fedmed.evaluation.calibration import assess_calibration, calibrate, temperatures
+from fedmed.evaluation.calibration import assess_calibration, calibrate
 from fedmed.evaluation.cases import Cases
 from fedmed.evaluation.conformal import POOLED, assess_conformal
 from fedmed.evaluation.disclosure import HIDDEN, MIN_CELL, patient_band, suppressed
@@ -24,6 +24,7 @@ from fedmed.evaluation.evidence import (
 from fedmed.evaluation.gaps import Demands
 from fedmed.evaluation.records import Predictions
 from fedmed.evaluation.subgroups import assess_subgroups
+from fedmed.evaluation.temperature import temperatures
 from fedmed.evaluation.thresholds import operating_points
 from fedmed.types import TaskKind, TaskSpec
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -29,6 +28,8 @@ from fedmed.evaluation.summaries import (
     targets_of,
 )
 from fedmed.evaluation.summary_answers import Answer, images_per_patient
+from fedmed.evaluation.summary_calibration import told_error
+from fedmed.evaluation.summary_intervals import Told, nothing, share, told
 from fedmed.evaluation.summary_metrics import Amounts, Bounded, Decisions
 from fedmed.evaluation.summary_noise import noise_of
 from fedmed.types import TaskKind, TaskSpec
@@ -36,28 +37,9 @@ from fedmed.types import TaskKind, TaskSpec
 DRAWS: Final = 200
 """Times that noise and counts are drawn again."""
 DEFAULT_THRESHOLD: Final = 0.5
-_Z: Final = 1.959963984540054
 _COARSE: Final = 512  # bins in which counts are drawn again: the spread does not need more
 _SHARES: Final = ("sensitivity", "specificity", "ppv", "npv")
 _MEANS: Final = ("auroc", "average_precision")
-_NOTHING: Final = "no counts were told that it could be computed from"
-_BIASED: Final = "no interval: few images and noise raise it"
-
-
-@dataclass(frozen=True)
-class Told:
-    """A figure, and what in its interval is not the sample's.
-
-    Attributes:
-        bound: most by which bins and fixed point can have moved the value.
-        noise: standard deviation that the mechanism's noise gives it.
-        error: standard error, of sample and noise; None where it is not known.
-    """
-
-    figure: Figure
-    bound: float = 0.0
-    noise: float = 0.0
-    error: float | None = None
 
 
 def figures(
@@ -141,6 +123,7 @@ class _Cells:
         cluster: float, rng: np.random.Generator,
     ) -> None:  # fmt: skip
         self.counts, self.grid, self.cluster = counts, grid, cluster
+        self.cells, self.variance, self.rng = cells, variance, rng
         self.noisy = bool((variance > 0).any())
         self.coarse = grid if grid.bins <= _COARSE else Grid(_COARSE, grid.span)
         ends = cells[:, 2:4] * self.coarse.bins // grid.bins
@@ -187,12 +170,11 @@ class _Cells:
 def _target(cells: _Cells, threshold: float, source: str) -> dict[str, Told]:
     counts, grid = cells.counts, cells.grid
     if counts.sum() <= 0:
-        nothing = Told(Figure(None, source, note=_NOTHING))
-        return dict.fromkeys((*_MEANS, *_SHARES, "brier", "ece"), nothing)
+        return dict.fromkeys((*_MEANS, *_SHARES, "brier", "ece"), nothing(source))
     area = metrics.auroc(counts, grid)
     negatives, positives = cells.sides
     found = {
-        "auroc": _told(
+        "auroc": told(
             area, _hanley_mcneil(area.value, positives, negatives),
             cells.noise(metrics.auroc), source,
         ),
@@ -202,19 +184,14 @@ def _target(cells: _Cells, threshold: float, source: str) -> dict[str, Told]:
     for name in _SHARES:
         found[name] = _share(cells, decided, name, threshold, source)
     found["brier"] = _resampled(cells, metrics.brier, source)
-    error = metrics.calibration_error(counts, grid)
-    found["ece"] = Told(
-        Figure(error.value, source, note=_BIASED),
-        error.bound,
-        cells.noise(metrics.calibration_error),
+    found["ece"] = told_error(
+        cells.cells[:, 1:], cells.variance, grid, cells.cluster, cells.rng, source, DRAWS
     )
     return found
 
 
 def _share(cells: _Cells, decided: Decisions, name: str, threshold: float, source: str) -> Told:
     bounded: Bounded = getattr(decided, name)
-    if bounded.value is None:
-        return Told(Figure(None, source, note=_NOTHING))
     negatives, positives = cells.sides
     called = positives * (decided.sensitivity.value or 0.0)
     called += negatives * (1 - (decided.specificity.value or 0.0))
@@ -223,33 +200,13 @@ def _share(cells: _Cells, decided: Decisions, name: str, threshold: float, sourc
         "ppv": called, "npv": positives + negatives - called,
     }[name]  # fmt: skip
     noise = cells.noise(lambda t, g: getattr(metrics.decisions(t, g, threshold), name))
-    # Agresti and Coull: two successes and two failures more
-    size = max(of, 0.0) + 4
-    middle = (bounded.value * max(of, 0.0) + 2) / size
-    error = math.sqrt(middle * (1 - middle) / size + noise**2)
-    half = _Z * error + bounded.bound
-    low, high = max(0.0, middle - half), min(1.0, middle + half)
-    value = min(max(bounded.value, 0.0), 1.0)
-    figure = Figure(value, source, min(low, value), max(high, value))
-    return Told(figure, bounded.bound, noise, error)
+    return share(bounded, of, noise, source)
 
 
 def _resampled(cells: _Cells, metric: Callable[[Amounts, Grid], Bounded], source: str) -> Told:
     noise, both = cells.noise(metric), cells.both(metric)
     sample = math.sqrt(max(0.0, both**2 - noise**2)) if math.isfinite(both) else math.inf
-    return _told(metric(cells.counts, cells.grid), sample, noise, source)
-
-
-def _told(bounded: Bounded, sample: float, noise: float, source: str) -> Told:
-    if bounded.value is None:
-        return Told(Figure(None, source, note=_NOTHING))
-    value = min(max(bounded.value, 0.0), 1.0)
-    error = math.hypot(sample, noise)
-    half = _Z * error + bounded.bound
-    if not math.isfinite(half):
-        return Told(Figure(value, source, note="no interval: too few counts"), bounded.bound)
-    low, high = max(0.0, value - half), min(1.0, value + half)
-    return Told(Figure(value, source, low, high), bounded.bound, noise, error)
+    return told(metric(cells.counts, cells.grid), sample, noise, source)
 
 
 def _hanley_mcneil(area: float | None, positives: float, negatives: float) -> float:
@@ -268,7 +225,7 @@ def _structure(
 ) -> dict[str, Told]:
     mean = metrics.mean_dice(sums)
     if mean.value is None:
-        return {"dice": Told(Figure(None, source, note=_NOTHING))}
+        return {"dice": nothing(source)}
     row = dict(zip(SUMS, sums.tolist(), strict=True))
     spread = dict(zip(SUMS, variance.tolist(), strict=True))
     images, value = row["defined"], min(max(mean.value, 0.0), 1.0)
@@ -276,7 +233,7 @@ def _structure(
     sample = math.sqrt(max(0.0, squares - value**2) * cluster / images)
     # of a quotient, to first order
     noise = math.sqrt(spread["dice"] / SCALE**2 + value**2 * spread["defined"]) / images
-    found = {"dice": _told(mean, sample, noise, source)}
+    found = {"dice": told(mean, sample, noise, source)}
     voxels = metrics.pooled_dice(sums)
     if voxels is not None:
         note = "no interval: voxels of one image belong together"
@@ -288,7 +245,7 @@ def _mean(parts: list[Told], source: str) -> Told:
     """Mean over what is defined; the ends too, as if all erred together."""
     known = [p for p in parts if p.figure.value is not None]
     if not known:
-        return Told(Figure(None, source, note=_NOTHING))
+        return nothing(source)
     values = [p.figure.value for p in known if p.figure.value is not None]
     errors = [p.error for p in known if p.error is not None]
     lows = [p.figure.low for p in known if p.figure.low is not None]

@@ -71,12 +71,31 @@ def tell_groups(
         for side in (0, 1):
             own = parts[:, target] // grid.bins == side
             bins = parts[own, target] - side * grid.bins
-            among = np.flatnonzero(everybody[target, side, 1]).tolist()
+            told_of_all = everybody[target, side]
+            among = np.flatnonzero(told_of_all[1]).tolist()
             ends = enough_patients(bins, patients[own], floor, part[own], among)
+            ends = _aligned(ends, told_of_all)
             for group in kept:
                 counts = np.bincount(bins[part[own] == group], minlength=grid.bins)
-                told[group][target, side] = told_together(counts, ends or [grid.bins - 1])
+                told[group][target, side] = told_together(counts, ends)
     return told
+
+
+def _aligned(ends: Sequence[int], everybody: Counts) -> list[int]:
+    """The same cells, without the bins at their borders that hold nobody.
+
+    Args:
+        ends: of cells that are unions of those told of all images; the last one takes the rest.
+        everybody: ``[2, bins]`` of all images.
+    """
+    low, high = (np.flatnonzero(end).tolist() for end in everybody)
+    last = everybody.shape[1] - 1
+    if not high:
+        return [last]
+    ends = [*ends[:-1], high[-1]]
+    before = [-1, *high[:-1]]
+    gaps = [a - 1 for a, b in zip(low, before, strict=True) if a - 1 > b and b in {-1, *ends}]
+    return sorted({*ends, *gaps, last})
 
 
 def _classes(parts: Counts, task: TaskSpec, grid: Grid, everybody: Counts) -> list[Mask]:

@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 
 from fedmed.evaluation.summaries import SCALE, SUMS, Counts, Grid
 
-RELIABILITY_BINS: Final = 10
-"""Equal intervals of probability over which the expected calibration error is taken."""
-
 Amounts = NDArray[Any]
 """Counts or, with noise drawn on top, real amounts."""
 
@@ -132,29 +129,6 @@ def brier(target: Amounts, grid: Grid) -> Bounded:
     least = negatives_low @ low**2 + positives_high @ (1 - high) ** 2
     most = negatives_high @ high**2 + positives_low @ (1 - low) ** 2
     return _between(float(least) / total, float(most) / total)
-
-
-def calibration_error(target: Amounts, grid: Grid) -> Bounded:
-    """Expected calibration error over :data:`RELIABILITY_BINS` equal intervals of probability.
-
-    Half of each cell counts at its lower end and half at its upper. The bound adds half of each
-    cell's extent, for the probabilities, and 2 for each image that may lie on the other side of
-    an interval's end.
-    """
-    total = float(target[:, 0].sum())
-    if total <= 0:
-        return UNDEFINED
-    edges = grid.edges()
-    low, high = edges[:-1], edges[1:]
-    which = np.minimum((RELIABILITY_BINS * (low + high) / 2).astype(int), RELIABILITY_BINS - 1)
-    amounts = target.sum(axis=0)  # at the cells' lower and upper ends
-    found = target[1] - amounts * np.stack([low, high])
-    gaps = np.bincount(which, found.sum(axis=0) / 2, RELIABILITY_BINS)
-    extent = float(amounts[1] @ high - amounts[0] @ low) / 2
-    ends = np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS
-    crossing = [float(amounts[0][low < e].sum() - amounts[1][high <= e].sum()) for e in ends]
-    bound = (extent + 2 * min(total, sum(max(0.0, c) for c in crossing))) / total
-    return Bounded(float(np.abs(gaps).sum()) / total, min(1.0, max(0.0, bound)))
 
 
 def balance(target: Amounts) -> NDArray[np.float64]:

@@ -23,6 +23,7 @@ from fedmed.evaluation.summaries import (
     summarise,
     told_together,
 )
+from fedmed.evaluation.summary_calibration import breaks
 from fedmed.evaluation.summary_groups import few
 from fedmed.evaluation.summary_noise import UNIT, noise_std
 from fedmed.privacy.noise import SecureGenerator
@@ -91,10 +92,33 @@ def tell_exact(
         for side in (0, 1):
             own = member[:, target] == bool(side)
             bins = parts[own, target] - side * grid.bins
-            ends = enough_patients(bins, patients[own], floor)
+            ends = _cells(bins, patients[own], floor, grid)
             counts = np.bincount(bins, minlength=grid.bins).astype(np.int64)
             told[target, side] = told_together(counts, ends)
     return told
+
+
+def _cells(
+    bins: NDArray[np.int64], patients: NDArray[np.int64], floor: int, grid: Grid
+) -> list[int]:
+    """Ends of the narrowest cells of ``floor`` patients, none across a break where that can be.
+
+    Breaks are the ends of the intervals that the calibration error is taken over. What an interval
+    lacks joins the next cell above, or the last one; an interval of nobody is an empty cell.
+    """
+    ends: list[int] = []
+    filled = 0  # of the ends, up to the last cell that is not empty
+    last = [*breaks(grid), grid.bins - 1]
+    interval = np.searchsorted(last, bins)
+    waiting = np.zeros(0, np.int64)
+    for index, end in enumerate(last):
+        rows = np.concatenate([waiting, np.flatnonzero(interval == index)])
+        own = enough_patients(bins[rows], patients[rows], floor)
+        waiting = rows if not own else rows[:0]
+        if own or not len(rows):
+            ends += [*own[:-1], end]
+            filled = len(ends) if own else filled
+    return ends[:filled] if len(waiting) else ends
 
 
 def _hide_more(

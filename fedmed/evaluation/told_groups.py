@@ -21,7 +21,8 @@ from fedmed.evaluation.evidence import Gap, Performance, Subgroups
 from fedmed.evaluation.gaps import Demands, Difference, can_judge, compared, judge, undecidable
 from fedmed.evaluation.summaries import Grid, targets_of
 from fedmed.evaluation.summary_answers import NOT_TOLD, Answer, patients_of, patients_shown
-from fedmed.evaluation.summary_figures import Told, told_figures
+from fedmed.evaluation.summary_figures import told_figures
+from fedmed.evaluation.summary_intervals import Told
 from fedmed.types import TaskKind, TaskSpec
 
 Column = Mapping[str, Sequence[Answer]]

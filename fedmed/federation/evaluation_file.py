@@ -12,15 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.codec import plain
-from fedmed.evaluation.evidence import Figure, Source, SourceKind, Subgroups
+from fedmed.evaluation.evidence import Conformal, Figure, Source, SourceKind, Subgroups
 from fedmed.evaluation.summaries import Grid, merge, targets_of
 from fedmed.evaluation.summary_answers import Answer, patients_shown
+from fedmed.evaluation.summary_conformal import told_conformal
 from fedmed.evaluation.summary_figures import (
     DEFAULT_THRESHOLD,
-    Told,
     choose_threshold,
     told_figures,
 )
+from fedmed.evaluation.summary_intervals import Told
 from fedmed.evaluation.told_groups import Column, told_subgroups
 from fedmed.federation.evaluation_round import EvaluationReport
 from fedmed.federation.evaluation_task import EvaluationRequest, EvaluationUpdate
@@ -67,6 +68,7 @@ class EvaluationFile:
         failures: reason code and line of sites that told nothing.
         patients: by split, then by ``pooled`` and site: how many there are at least, in words.
         subgroups: of all sites' test images together, where groups are asked for.
+        conformal: prediction sets, where validation and test figures are asked for.
     """
 
     format: int
@@ -81,6 +83,7 @@ class EvaluationFile:
     failures: Mapping[str, tuple[str, str]]
     patients: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     subgroups: tuple[Subgroups, ...] = ()
+    conformal: Conformal | None = None
 
 
 def write_evaluation(folder: Path, report: EvaluationReport) -> str:
@@ -155,7 +158,18 @@ def evaluation_of(report: EvaluationReport) -> EvaluationFile:
             for split, sets in given.items()
         },
         subgroups=told_subgroups(columns, task, values, POOLED, grid=grid),
+        conformal=_conformal(given, task, grid),
     )
+
+
+def _conformal(
+    given: Mapping[Split, Mapping[str, Sequence[Answer]]], task: TaskSpec, grid: Grid
+) -> Conformal | None:
+    """Calibrated on all sites' validation sums; None where one of the splits was not asked for."""
+    val, test = given.get(Split.VAL, {}), given.get(Split.TEST, {})
+    if POOLED not in val or POOLED not in test:
+        return None
+    return told_conformal(val[POOLED], test, task, {n: n for n in test}, grid=grid)
 
 
 def _answer(update: EvaluationUpdate) -> SiteAnswer:

@@ -24,8 +24,8 @@ from fedmed.types import Split, TaskKind
 
 _WITHHELD: Final = "withheld"
 _LIMIT: Final = (
-    "The figures come from sums that the sites told; nobody has seen the images, and what the "
-    "sums cannot show (prediction sets) is not shown."
+    "The figures come from sums that the sites told; nobody has seen the images. Probabilities are "
+    "the network's own: no temperature was fitted."
 )
 _GROUPS: Final = (
     "Groups are those that the study's plan names; each is compared with the others of its column, "
@@ -105,5 +105,6 @@ def told_evidence(
             for target, figure in sorted(told.thresholds.items())
         ),
         subgroups=told.subgroups,
+        conformal=told.conformal,
         limits=(*limits, _LIMIT, _GROUPS if told.subgroups else _NO_GROUPS),
     )

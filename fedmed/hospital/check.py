@@ -40,6 +40,7 @@ _LOCAL: Final[tuple[Callable[[Site], Remarks], ...]] = (
     books.ledger,
     books.privacy,
     books.figures,
+    books.groups,
     books.progress,
     books.budget,
     books.log,

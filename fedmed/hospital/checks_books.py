@@ -9,6 +9,7 @@ from typing import Final
 from fedmed.audit.log import verify
 from fedmed.data.manifest import MANIFEST
 from fedmed.errors import AuditError, PolicyRefused
+from fedmed.evaluation.groups import AGE
 from fedmed.hospital.checks_base import Remarks, fault, ok, warning
 from fedmed.hospital.checks_site import REMEDIES, Site
 from fedmed.hospital.conditions import tells_of_training
@@ -118,6 +119,26 @@ def figures(site: Site) -> Remarks:
         yield ok(
             f"told with noise multiplier {spec.noise_multiplier:.4g}, charged to the budget; no "
             f"count below {site.rules.release.min_cell}"
+        )
+
+
+def groups(site: Site) -> Remarks:
+    """The manifest tells the plan's groups apart, so that figures of them can be told."""
+    request = site.plan.evaluation
+    if request is None or not request.groups:
+        yield ok("none are asked for")
+        return
+    judged = [r for r in site.learnable if r.split in request.splits]
+    for asked in request.groups:
+        if any(code < len(asked.values) for code in asked.codes(judged)):
+            yield ok(f"{asked.column} is in {MANIFEST}")
+            continue
+        column = "age" if asked.column == AGE else asked.column
+        yield warning(
+            f"the plan's evaluation.groups names {asked.column}, and no image that is judged here "
+            f"has one of {', '.join(asked.values)}: nothing will be told of these groups",
+            f"fill the column {column} of {MANIFEST} as the plan writes its values, or tell the "
+            "coordinator's staff that it is not known here",
         )
 
 

@@ -180,14 +180,13 @@ def _findings(evidence: Evidence, criteria: Criteria, demands: Demands) -> Itera
 
 
 def _calibration(bound: float, evidence: Evidence) -> Iterator[Finding]:
-    for calibration in evidence.calibration:
-        name = f"calibration error, {calibration.target}"
-        yield _at_most(name, calibration.after.get("ece"), bound, evidence)
-    judged = {c.target for c in evidence.calibration}
+    found = calibration_errors(evidence)
+    for target, figure in found.items():
+        yield _at_most(f"calibration error, {target}", figure, bound, evidence)
     each = evidence.run.task == TaskKind.MULTILABEL
-    for target in sorted(set(evidence.run.classes) - judged) if each else ():
+    for target in sorted(set(evidence.run.classes) - set(found)) if each else ():
         yield _at_most(f"calibration error, {target}", None, bound, evidence)
-    if not judged and not each:
+    if not found and not each:
         yield _at_most("calibration error", None, bound, evidence)
 
 
@@ -280,6 +279,20 @@ def _shown(figure: Figure | None) -> str:
 
 def _finding(name: str, asked: str, found: str, reason: str) -> Finding:
     return Finding(name, asked, found, not reason, reason)
+
+
+def calibration_errors(evidence: Evidence) -> Mapping[str, Figure | None]:
+    """Calibration errors of the probabilities that are released, by target.
+
+    Between hospitals no temperature is fitted, and the errors stand among the pooled figures.
+    """
+    if evidence.calibration:
+        return {c.target: c.after.get("ece") for c in evidence.calibration}
+    names = {name: f"ece_{name}" for name in evidence.run.classes}
+    if evidence.run.task == TaskKind.BINARY:
+        names = {evidence.run.classes[-1]: "ece"}
+    found = {target: evidence.pooled.figures.get(name) for target, name in names.items()}
+    return found if any(found.values()) else {}
 
 
 def lowest(band: str) -> int:

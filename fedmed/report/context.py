@@ -50,6 +50,11 @@ class Study:
         kinds = {source.kind for source in self.evidence.sources.values()}
         return SourceKind.EXACT in kinds and kinds <= {SourceKind.EXACT, SourceKind.PUBLIC}
 
+    @property
+    def told(self) -> bool:
+        """Whether the figures come from sums that sites told, and not from images at hand."""
+        return not self.evidence.resamples and bool(self.evidence.sites)
+
     def number(self, *tokens: str | int) -> float | None:
         """A raw number of the evidence."""
         return _number(self.files.at(trace(EVIDENCE, *tokens)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from fedmed.evaluation.evidence import Subgroups, Verdict
 from fedmed.report import page, wording
 from fedmed.report.context import Study
 from fedmed.report.sections.privacy import most_right
@@ -23,6 +25,12 @@ _SMALL: Final = (
     "eight",
     "nine",
     "ten",
+)
+
+
+_COUNTS: Final = (
+    "At the end it sends out some counts, too: how often the computer was right. No count is about "
+    "a few people only.",
 )
 
 
@@ -102,6 +110,7 @@ def _leaves(study: Study) -> Part:
         "The computer learns inside the hospital. Then the hospital sends out what it learned: "
         "a long list of numbers. The numbers of all hospitals are mixed into one. "
         f"This was done {study.evidence.run.rounds:,} times.",
+        *(_COUNTS if study.told else ()),
         "Each hospital keeps a diary of all that it sends. If someone changes an old page, it "
         "shows.",
     )
@@ -165,12 +174,28 @@ def _good(study: Study) -> Part:
         texts.append(
             f"Of 100 people who had what we looked for, it found about {round(100 * figure.value)}."
         )
-    texts.append(
-        "We also check if it works as well for men and women, for old and young."
-        if evidence.subgroups
-        else "We did not check yet if it works as well for men and women, for old and young."
-    )
-    return "Does it work well?", tuple(texts)
+    return "Does it work well?", (*texts, *_alike(evidence.subgroups))
+
+
+def _alike(subgroups: Sequence[Subgroups]) -> tuple[str, ...]:
+    """Whether it works as well for all: what was looked at, and no more than was found."""
+    people = {"sex": "men and women", "age_band": "old and young"}
+    looked = [s for s in subgroups if s.column in people]
+    not_yet = [
+        words for column, words in people.items() if column not in {s.column for s in looked}
+    ]
+    verdicts = {gap.verdict for s in looked for gap in s.gaps}
+    texts = []
+    if looked:
+        groups = ", for ".join(people[s.column] for s in looked)
+        texts.append(f"We also check if it works as well for {groups}.")
+    if Verdict.GAP in verdicts:
+        texts.append("It does not work as well for some of them as for the others.")
+    if verdicts & {Verdict.UNDECIDED, Verdict.INSUFFICIENT} or (looked and not verdicts):
+        texts.append("For some of them we do not know yet.")
+    if not_yet:
+        texts.append(f"We did not check yet if it works as well for {', for '.join(not_yet)}.")
+    return tuple(texts)
 
 
 def _out() -> Part:

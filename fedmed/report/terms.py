@@ -17,7 +17,7 @@ class Term(NamedTuple):
 TERMS: Final[Mapping[str, Term]] = {
     "auroc": Term(
         "AUROC",
-        "the chance that a patient with the finding gets a higher score than one without; "
+        "the chance that a case with the finding gets a higher score than one without; "
         "0.5 is guessing, 1 is perfect",
     ),
     "average_precision": Term(
@@ -25,8 +25,8 @@ TERMS: Final[Mapping[str, Term]] = {
     ),
     "accuracy": Term("Accuracy", "share of right answers", "share"),
     "balanced_accuracy": Term("Balanced accuracy", "mean sensitivity over the classes", "share"),
-    "sensitivity": Term("Sensitivity", "share of those with the finding who are found", "share"),
-    "specificity": Term("Specificity", "share of those without it who are cleared", "share"),
+    "sensitivity": Term("Sensitivity", "share of cases with the finding that are found", "share"),
+    "specificity": Term("Specificity", "share of cases without it that are cleared", "share"),
     "ppv": Term("PPV", "share of positive answers that are right; depends on prevalence", "share"),
     "npv": Term("NPV", "share of negative answers that are right; depends on prevalence", "share"),
     "brier": Term("Brier score", "mean squared error of the probabilities; 0 is perfect"),

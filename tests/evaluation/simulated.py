@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from fedmed.evaluation.cases import Cases
 from fedmed.evaluation.records import Predictions
@@ -68,3 +68,21 @@ def several(rng: np.random.Generator, patients: int, task: TaskSpec) -> Cases:
     sites = rng.choice(["north", "south"], patients)[who]
     sex = rng.choice(["F", "M"], patients)[who]
     return Cases(tuple(sites.tolist()), who, {"sex": tuple(sex.tolist())}, Predictions(p, truth))
+
+
+def overconfident(
+    task: TaskSpec, patients: int, temperature: float, seed: int = 0, dtype: type = np.float64
+) -> Cases:
+    """A network whose logits are ``temperature`` times those that would be right."""
+    rng = np.random.default_rng(seed)
+    who = members(rng, patients)
+    shape = (len(who),) if task.kind is TaskKind.BINARY else (len(who), len(task.classes))
+    logits = rng.normal(0, 1.5, shape)
+    if task.kind is TaskKind.MULTICLASS:
+        right = special.softmax(logits, axis=1)
+        truth = (right.cumsum(1) < rng.random((len(who), 1))).sum(1)
+        outputs = special.softmax(temperature * logits, axis=1)
+    else:
+        truth = (rng.random(shape) < special.expit(logits)).astype(np.int64)
+        outputs = special.expit(temperature * logits)
+    return Cases(("a",) * len(who), who, {}, Predictions(outputs.astype(dtype), truth))

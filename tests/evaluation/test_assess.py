@@ -12,10 +12,11 @@ import pytest
 from simulated import BINARY, FINDINGS, GRADES, binary, several
 
 from fedmed.evaluation.assess import Assessment, assess
-from fedmed.evaluation.calibration import calibrate, temperatures
+from fedmed.evaluation.calibration import calibrate
 from fedmed.evaluation.cases import GRID, Cases, SegmentationScores
 from fedmed.evaluation.evidence import Figure
 from fedmed.evaluation.metrics import metrics
+from fedmed.evaluation.temperature import temperatures
 from fedmed.types import TaskKind, TaskSpec
 
 ORGANS = TaskSpec(TaskKind.SEGMENTATION, ("one", "two"), 2, 1, (8, 8))

@@ -9,53 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize, special
-from simulated import BINARY, FINDINGS, GRADES, members, several
+from scipy import special
+from simulated import BINARY, FINDINGS, GRADES, overconfident, several
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, log_loss
+from sklearn.metrics import brier_score_loss
 
-from fedmed.evaluation.calibration import assess_calibration, calibrate, temperatures
+from fedmed.evaluation.calibration import assess_calibration, calibrate
 from fedmed.evaluation.cases import Cases
 from fedmed.evaluation.estimates import EDGES
 from fedmed.evaluation.records import Predictions
-from fedmed.types import TaskKind, TaskSpec
-
-
-def overconfident(
-    task: TaskSpec, patients: int, temperature: float, seed: int = 0, dtype: type = np.float64
-) -> Cases:
-    """A network whose logits are ``temperature`` times those that would be right."""
-    rng = np.random.default_rng(seed)
-    who = members(rng, patients)
-    shape = (len(who),) if task.kind is TaskKind.BINARY else (len(who), len(task.classes))
-    logits = rng.normal(0, 1.5, shape)
-    if task.kind is TaskKind.MULTICLASS:
-        right = special.softmax(logits, axis=1)
-        truth = (right.cumsum(1) < rng.random((len(who), 1))).sum(1)
-        outputs = special.softmax(temperature * logits, axis=1)
-    else:
-        truth = (rng.random(shape) < special.expit(logits)).astype(np.int64)
-        outputs = special.expit(temperature * logits)
-    return Cases(("a",) * len(who), who, {}, Predictions(outputs.astype(dtype), truth))
-
-
-@pytest.mark.parametrize("task", [BINARY, GRADES, FINDINGS])
-@pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_the_temperature_is_found(task, temperature):
-    fitted = temperatures(overconfident(task, 4000, temperature), task)
-    assert len(fitted) == (3 if task is FINDINGS else 1)
-    assert fitted == pytest.approx([temperature] * len(fitted), rel=0.1)
-
-
-def test_no_other_temperature_is_likelier():
-    cases = overconfident(BINARY, 3000, 2.0)
-    p, truth = cases.answers().outputs, cases.answers().truth()
-
-    def loss(temperature: float) -> float:
-        return log_loss(truth, special.expit(special.logit(p) / temperature))
-
-    best = optimize.minimize_scalar(loss, bounds=(0.1, 10), method="bounded").x
-    assert temperatures(cases, BINARY)[0] == pytest.approx(best, rel=0.01)
+from fedmed.evaluation.temperature import temperatures
 
 
 @pytest.mark.parametrize("task", [BINARY, GRADES, FINDINGS])
@@ -88,15 +51,6 @@ def test_few_or_extreme_cases_give_a_temperature_near_one(rows, dtype):
     assert ((scaled >= 0) & (scaled <= 1)).all()
 
 
-def test_perfectly_told_apart_cases_do_not_send_the_temperature_to_zero():
-    p, truth = np.array([0.3, 0.4, 0.6, 0.7]), np.array([0, 0, 1, 1])
-    cases = Cases(("a",) * 4, np.arange(4), {}, Predictions(p, truth))
-    assert temperatures(cases, BINARY)[0] > 0.3
-    assert temperatures(cases.take(np.zeros(0, np.int64)), BINARY) == (1.0,)
-    broken = replace(cases, predictions=Predictions(np.array([0.3, np.nan, 0.6, 0.7]), truth))
-    assert temperatures(broken, BINARY) == (1.0,)
-
-
 def test_calibration_is_measured_as_scikit_learn_does_and_mended():
     test, val = overconfident(BINARY, 2000, 3.0, seed=1), overconfident(BINARY, 2000, 3.0, seed=2)
     (got,) = assess_calibration(test, val, BINARY, source="s", resamples=200)
@@ -114,20 +68,6 @@ def test_calibration_is_measured_as_scikit_learn_does_and_mended():
     assert sum(b.share.value for b in got.bins) == pytest.approx(1)
     assert [(b.low, b.high) for b in got.bins] == list(pairwise(EDGES))
     assert all(b.observed.low <= b.observed.value <= b.observed.high for b in got.bins)
-
-
-def test_drawn_temperatures_agree_with_fitting_the_resample():
-    val = overconfident(BINARY, 300, 2.0)
-    (got,) = assess_calibration(val, val, BINARY, source="s", resamples=400)
-    rng = np.random.default_rng(0)
-    rows = [np.flatnonzero(val.patients == p) for p in range(300)]
-    again = [
-        temperatures(val.take(np.concatenate([rows[i] for i in rng.integers(0, 300, 300)])), BINARY)
-        for _ in range(100)
-    ]
-    width = np.quantile(again, 0.975) - np.quantile(again, 0.025)
-    assert got.temperature.high - got.temperature.low == pytest.approx(width, rel=0.25)
-    assert got.temperature.low == pytest.approx(np.quantile(again, 0.025), rel=0.1)
 
 
 def test_bins_of_few_patients_and_what_would_give_them_away_are_kept_back():

@@ -29,6 +29,7 @@ from fedmed.evaluation.summaries import (
     targets_of,
     told_together,
 )
+from fedmed.evaluation.summary_calibration import calibration_error, inner_ends
 from fedmed.evaluation.summary_release import tell_exact
 from fedmed.types import TaskKind, TaskSpec
 
@@ -142,7 +143,7 @@ def check_bounds(tree, scores, truth, grid, thresholds=(0.5, 0.13, 1.0, 0.0)):
         (metrics.auroc(tree, grid), oracle.roc_auc_score(truth, scores)),
         (metrics.average_precision(tree, grid), oracle.average_precision_score(truth, scores)),
         (metrics.brier(tree, grid), np.mean((scores - truth) ** 2)),
-        (metrics.calibration_error(tree, grid), ece(scores, truth)),
+        (error(tree, grid), ece(scores, truth, inner_ends(grid))),
     ]
     for threshold in thresholds:
         called = scores >= threshold
@@ -160,9 +161,13 @@ def check_bounds(tree, scores, truth, grid, thresholds=(0.5, 0.13, 1.0, 0.0)):
             assert abs(bounded.value - exact) <= bounded.bound + 1e-6
 
 
-def ece(scores, truth, bins=10):
-    which = np.minimum((scores * bins).astype(int), bins - 1)
-    return sum(abs((truth - scores)[which == b].sum()) for b in range(bins)) / len(scores)
+def ece(scores, truth, ends):
+    which = np.searchsorted(ends, scores, side="right")
+    return np.abs(np.bincount(which, truth - scores)).sum() / len(scores)
+
+
+def error(tree, grid):
+    return calibration_error(cells_of(tree[None])[:, 1:], grid)
 
 
 def together(target, floor):
@@ -203,7 +208,7 @@ def test_undefined_metrics_are_none():
     assert metrics.auroc(only, SMALL).value is None
     assert metrics.decisions(only, SMALL, 0.5).specificity.value is None
     empty = np.zeros_like(only)
-    for metric in (metrics.average_precision, metrics.brier, metrics.calibration_error):
+    for metric in (metrics.average_precision, metrics.brier, error):
         assert metric(empty, SMALL).value is None
     assert metrics.mean_dice(np.zeros(len(SUMS))).value is None
     assert metrics.pooled_dice(np.zeros(len(SUMS), np.int64)) is None

@@ -18,6 +18,7 @@ from fedmed.cli.main import main
 from fedmed.config.compose import load
 from fedmed.coordinator.folder import renew_certificates
 from fedmed.data.synthetic import SyntheticSpec, make_phantoms
+from fedmed.evaluation.groups import GroupColumn
 from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.gate import Progress
 from fedmed.federation.link import client as client_module
@@ -401,6 +402,34 @@ def test_figures_without_noise(tmp_path, private, images):
     hospital.rule('max_epsilon = "inf"')
     hospital.rule('metrics = "exact"')
     assert not not_ok(hospital.check())
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "fills"),
+    [
+        ("sex", ("X", "Y"), "sex"),
+        ("scanner", ("one", "two"), "scanner"),
+        ("age_band", ("130+", "120-129"), "age"),
+    ],
+)
+def test_groups_that_the_manifest_does_not_tell_apart(
+    tmp_path, private, images, column, values, fills
+):
+    plan, arrays = private
+    known = GroupColumn("sex", ("F", "M"))
+    unknown = GroupColumn(column, values)
+    for groups, missing in (((known,), False), ((unknown,), True)):
+        asked = EvaluationRequest((Split.TEST,), 0.5, 32, 4.0, groups=groups)
+        hospital = make_hospital(
+            tmp_path / str(missing), replace(plan, evaluation=asked), arrays, images
+        )
+        hospital.rule('metrics = "noisy"')
+        hospital.rule("max_epsilon = 9.0")
+        if missing:
+            only(hospital.check(), "warning", "groups", column, values[0],
+                 f"fill the column {fills} of manifest.csv")  # fmt: skip
+        else:
+            assert not not_ok(hospital.check())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from fedmed.config.compose import load
 from fedmed.evaluation.evidence import SourceKind
 from fedmed.evaluation.evidencefile import EVIDENCE, read_evidence
+from fedmed.evaluation.summary_conformal import LEVEL
 from fedmed.experiment.evidence import EvidenceOptions, make_evidence
 from fedmed.experiment.runner import Experiment
 from fedmed.privacy.ledger import Ledger
@@ -34,7 +35,7 @@ PUBLIC_EVIDENCE = re.compile(
     r"|run/(experiment|run_id|mode|strategy|model|seed|rounds|task|synthetic|unit|distance_unit"
     r"|fedmed|responsible/(developer|funder|contact)|classes/\d+|guarantees/\d+/(site|epsilon|delta|unbounded))"
     r"|(pooled|sites/\d+)/(name|patients|note)|operating/\d+/(target|rule)|sources/.+"
-    r"|conformal|calibration|matrix|comparisons"
+    r"|conformal|conformal/(level|note)|calibration|matrix|comparisons"
     r"|subgroups/\d+/(column|groups/\d+/(name|patients|note)|gaps/\d+/(metric|group|verdict))"
 )
 WIDENED = re.compile(r"(subgroups/\d+/gaps/\d+)/adjusted_(low|high)")
@@ -132,6 +133,11 @@ def untraced(folder: Path, card: dict[str, Any]) -> list[str]:
     return found
 
 
+def kind_of(evidence: dict, figure: dict) -> str:
+    """Kind of the source that a figure names."""
+    return evidence["sources"][figure["source"]]["kind"]
+
+
 def test_every_figure_of_the_evidence_is_public_or_paid_for(folder):
     evidence = json.loads((folder / EVIDENCE).read_text())
     kinds = {s["kind"] for s in evidence["sources"].values()}
@@ -142,6 +148,12 @@ def test_every_figure_of_the_evidence_is_public_or_paid_for(folder):
     groups = [g for s in evidence["subgroups"] for g in s["groups"]]
     assert [g["name"] for g in groups] == ["F", "M", "scanner-1", "scanner-2"]
     assert any(g["figures"] for g in groups)
+    if (sets := evidence["conformal"]) is not None:  # noise may hide the few validation images
+        assert sets["level"] == LEVEL
+        # beyond words of the program the note says only what the threshold says, which is paid for
+        assert kind_of(evidence, sets["threshold"]) == "charged"
+        assert ("nothing is ruled out" in sets["note"]) == (sets["threshold"]["value"] == 0)
+        assert not re.search(r"\d", sets["note"])
     bands = {evidence["pooled"]["patients"], *(s["patients"] for s in evidence["sites"])}
     assert bands <= {"not told", "10 or more", "20 or more", "50 or more", "100 or more"}
 

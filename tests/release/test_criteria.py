@@ -108,6 +108,24 @@ def test_calibration_of_every_label():
     assert list(reasons(replace(OK, calibration=(worse,))).values()) == ["too high"]
 
 
+def test_calibration_of_told_sums_stands_among_the_pooled_figures():
+    told = replace(OK, calibration=())
+    assert reasons(told) == {"calibration error": UNKNOWN}
+    for ece, reason in (
+        (figure(0.03), {}),
+        (figure(0.3), {"calibration error, present": "too high"}),
+    ):
+        figures = {**OK.pooled.figures, "ece": ece}
+        assert reasons(replace(told, pooled=replace(OK.pooled, figures=figures))) == reason
+
+
+def test_a_class_without_a_told_calibration_error_does_not_pass():
+    run = replace(OK.run, task="multiclass", classes=("a", "b"))
+    figures = {**OK.pooled.figures, "ece_a": figure(0.03)}
+    told = replace(OK, run=run, calibration=(), pooled=replace(OK.pooled, figures=figures))
+    assert reasons(told) == {"calibration error, b": UNKNOWN}
+
+
 def test_coverage_needs_prediction_sets():
     assert list(reasons(replace(OK, conformal=None)).values()) == [UNKNOWN]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from reported import write_run
 
+from fedmed.evaluation.evidence import Figure, Gap, Subgroups, Verdict
 from fedmed.report.context import Study, open_study
 from fedmed.report.notice import notice
 
@@ -80,3 +81,33 @@ def test_it_tells_how_to_say_no(tmp_path):
     for study in studies(tmp_path).values():
         headings = [heading for heading, _ in notice(study).parts]
         assert "Can I say no?" in headings
+
+
+def judged(study: Study, *columns: tuple[str, Verdict]) -> str:
+    gap = Gap("auroc", "x", Figure(0.0, "test", -0.1, 0.1), -0.2, 0.2, Verdict.SIMILAR)
+    found = tuple(Subgroups(c, (), (replace(gap, verdict=v),)) for c, v in columns)
+    return notice(replace(study, evidence=replace(study.evidence, subgroups=found))).text
+
+
+def test_it_says_no_more_of_groups_than_was_found(tmp_path):
+    study = open_study(write_run(tmp_path / "run"))
+    assert "did not check yet if it works as well for men and women, for old" in judged(study)
+    scanners = judged(study, ("scanner", Verdict.SIMILAR))
+    assert "We also check" not in scanners  # scanners are not people
+    both = judged(study, ("sex", Verdict.SIMILAR), ("age_band", Verdict.SIMILAR))
+    assert "as well for men and women, for old and young" in both
+    assert "not" not in both.partition("We also check")[2].partition("Yes.")[0]
+    sex = judged(study, ("sex", Verdict.GAP))
+    assert "does not work as well for some" in sex
+    assert "did not check yet if it works as well for old and young" in sex
+    for unknown in (Verdict.UNDECIDED, Verdict.INSUFFICIENT):
+        assert "we do not know yet" in judged(study, ("sex", unknown))
+
+
+def test_counts_that_leave_are_named(tmp_path):
+    study = open_study(write_run(tmp_path / "run"))
+    told = replace(study, evidence=replace(study.evidence, resamples=0))
+    assert "some counts, too" in notice(told).text
+    assert "some counts, too" not in notice(study).text
+    assert textstat.flesch_kincaid_grade(notice(told).text) <= 6.5
+    assert len(notice(told).text.split()) < 450

@@ -1,8 +1,8 @@
 """The sections of a report, in the order of CHAI's Applied Model Card.
 
 The order is that of the card's schema v0.2 (summary, uses and directions, warnings, trust
-ingredients, key metrics, resources); the numbers are those of TRIPOD+AI (Collins et al., BMJ
-2024;385:e078378), which a section's label names.
+ingredients, key metrics, resources); a section's label names its items and those of TRIPOD+AI
+(:mod:`fedmed.report.guidelines`).
 """
 
 from __future__ import annotations

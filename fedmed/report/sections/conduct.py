@@ -7,15 +7,20 @@ from collections import Counter
 from fedmed.report import wording
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Figure, Folded, Row, Section, Table, Text, Value
+from fedmed.report.guidelines import answers
 from fedmed.report.sitelogs import Entry, SiteLog
 
 _LOGGED = "The site's audit log, written when the update left."
+_SUMS = (
+    " After the last round sites told sums over their images as well, from which the figures here "
+    "were made; how, the last section says."
+)
 _NO_LOGS = "The run folder holds no site's audit log: between real hospitals each keeps its own."
 
 
 def sent(study: Study) -> Section:
     """Bytes, norms and ε of every update."""
-    items = ("CHAI: Trust ingredients, transparency",)
+    items = answers("Trust ingredients, transparency")
     title = "What each site sent"
     logs = [log for log in study.logs if log.sent]
     if not logs:
@@ -40,7 +45,7 @@ def sent(study: Study) -> Section:
     blocks: tuple[Block, ...] = (
         Text(
             "In each round a site answered with changed model weights and nothing else: no image, "
-            f"no name, no label, no count. {norm}"
+            f"no name, no label, no count. {norm}{_SUMS if study.told else ''}"
         ),
         Table("Updates by site", head, rows),
         Figure("norms"),
@@ -74,7 +79,7 @@ def _hash(log: SiteLog, entry: Entry) -> Value:
 
 def refused(study: Study) -> Section:
     """Refusals in the logs and rounds lost in the summary."""
-    items = ("CHAI: Warnings", "TRIPOD+AI 20a")
+    items = answers("Warnings")
     blocks: list[Block] = []
     rows = []
     for log in study.logs:
@@ -115,7 +120,7 @@ def _lost(reason: str) -> str:
 
 def audit(study: Study) -> Section:
     """The last hash of each log, and whether the log holds."""
-    items = ("CHAI: Trust ingredients, transparency",)
+    items = answers("Trust ingredients, transparency")
     if not study.logs:
         return Section("audit", "Audit logs", items, (Text(_NO_LOGS, "quiet"),))
     rows = []

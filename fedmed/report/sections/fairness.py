@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedmed.evaluation.evidence import Gap, Subgroups, Verdict
+from fedmed.evaluation.gaps import Demands
 from fedmed.report import terms
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Bullets, Figure, Row, Section, Table, Text, Value
+from fedmed.report.guidelines import answers
 from fedmed.report.sections.common import VERDICTS, figure_names, performances, sentence
 
-ITEMS = ("CHAI: Key metrics, fairness", "TRIPOD+AI 3c, 12f, 14, 23a")
+ITEMS = answers("Key metrics, fairness and equity", "14", "23a")
+_MARGIN = Demands().margin
 _LEGEND = (
-    "Gap: the interval, widened for the number of comparisons, excludes zero and passes the margin "
-    "of what counts as none. The group does worse than all others, or better, and they worse.",
-    "Similar: the widened interval lies within the margin on both sides.",
+    "Gap: the interval, widened for the number of comparisons, excludes zero and reaches beyond "
+    "the margin of what counts as none. The group does worse than all others, or better, and they "
+    "worse.",
+    f"Similar: the widened interval lies within the margin, {_MARGIN:g} "
+    f"({100 * _MARGIN:g} points), on both sides.",
     "Undecided: the data fit a gap as well as none. This is not a finding of fairness.",
     "Insufficient data: too few patients or cases to look. This is not a finding of fairness.",
 )

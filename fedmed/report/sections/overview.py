@@ -7,6 +7,7 @@ from fedmed.evaluation.evidencefile import EVIDENCE
 from fedmed.report import terms, wording
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Bullets, Facts, Section, Text, Tiles, Value
+from fedmed.report.guidelines import answers
 from fedmed.report.sections.common import sentence
 from fedmed.report.trace import trace
 
@@ -48,7 +49,7 @@ def summary(study: Study) -> Section:
     blocks: list[Block] = [Text(f"{learns(run)} {how}."), Tiles(tuple(tiles))]
     if meaning := terms.meaning(metric):
         blocks.append(Text(f"{terms.name(metric)}: {meaning}."))
-    return Section("summary", "Summary", ("CHAI: Model summary", "TRIPOD+AI 1, 2"), tuple(blocks))
+    return Section("summary", "Summary", answers("Model summary", "1", "2"), tuple(blocks))
 
 
 def _privacy_tile(study: Study) -> Value:
@@ -107,8 +108,16 @@ def uses(study: Study) -> Section:
         "privacy officer have signed, and under the rules of the place of use. This report is "
         "material for that decision, not the decision."
     )
-    items = ("CHAI: Uses and directions", "TRIPOD+AI 3b, 4, 15, 18a, 27")
+    items = answers("Uses and directions", "3b", "15", "18a", "27b")
     return Section("uses", "Intended use", items, (Facts(tuple(facts)), released))
+
+
+def _off(study: Study) -> bool:
+    """Whether a calibration error is above 0 for sure."""
+    evidence = study.evidence
+    errors = [c.after.get("ece") for c in evidence.calibration]
+    errors += [f for name, f in evidence.pooled.figures.items() if terms.split(name)[0] == "ece"]
+    return any(e is not None and bool(e.low) for e in errors)
 
 
 def warnings(study: Study) -> Section:
@@ -124,12 +133,14 @@ def warnings(study: Study) -> Section:
             f"{len(open_)} of {len(groups)} comparisons between groups stay open: nothing here "
             "shows that the model serves those groups equally well."
         )
+    if _off(study):
+        limits.append("Stated probabilities cannot be taken at their word: see calibration error.")
     if not groups:
         limits.append("No subgroup was examined; the model may do worse for some patients.")
     limits.append(
         "Images of other scanners, protocols or patients can make it fail without any sign."
     )
-    items = ("CHAI: Warnings", "TRIPOD+AI 26")
+    items = answers("Warnings", "26")
     risk = Text(
         "Risks: a missed finding delays care, a false alarm leads to needless tests. The sections "
         "on thresholds and prediction sets say how often either happens."

@@ -6,7 +6,10 @@ from fedmed.evaluation.evidence import LEVEL
 from fedmed.report import terms
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Bullets, Figure, Row, Section, Table, Text, Value
+from fedmed.report.guidelines import answers
 from fedmed.report.sections.common import MISSING, figure_names, performances, reduced, sentence
+
+EFFICACY = "Key metrics, usefulness, usability and efficacy"
 
 
 def overall(study: Study) -> Section:
@@ -22,8 +25,17 @@ def overall(study: Study) -> Section:
         for m in metrics
     )
     patients = study.patients("pooled", "patients").text
-    intro = f"On test images of {patients} patients, none of whom the model was trained on."
-    if study.exact:
+    intro = (
+        f"On test images of {patients} patients, none of whom the model was trained on. Each image "
+        "is a case, also where a patient has several."
+    )
+    if study.told:
+        intro += (
+            f" Intervals are made to hold the true value in {terms.percent(LEVEL)} of such "
+            "studies; they take a patient's images for alike, and hold what the sums that the "
+            "sites told leave open."
+        )
+    elif study.exact:
         intro += (
             f" Intervals are made to hold the true value in {terms.percent(LEVEL)} of such "
             f"studies; they come from {evidence.resamples:,} bootstrap resamples of patients, not "
@@ -48,7 +60,7 @@ def overall(study: Study) -> Section:
             lines.append(Row(target, tuple(cells)))
         head = ("Class", *(terms.name(s, unit) for s in stems))
         blocks.append(reduced(Table("By class, all sites together", head, tuple(lines))))
-    items = ("CHAI: Key metrics, efficacy", "TRIPOD+AI 12e, 23a")
+    items = answers(EFFICACY, "12e", "23a")
     return Section("performance", "Performance", items, tuple(blocks))
 
 
@@ -64,7 +76,7 @@ def by_site(study: Study) -> Section:
         "The pooled value is computed over all sites' images taken together; it is not a mean of "
         "the sites' values. A site whose interval lies apart deserves a look before use there."
     )
-    items = ("CHAI: Key metrics, efficacy", "TRIPOD+AI 23b")
+    items = answers(EFFICACY, "12d", "23b")
     return Section("sites", "Performance by site", items, (text, *plot, table))
 
 
@@ -96,7 +108,7 @@ def matrix(study: Study) -> Section | None:
         "elsewhere, training together is what carries over."
     )
     plot = (Figure("matrix"),) if isinstance(table, Table) else ()
-    items = ("CHAI: Key metrics, reliability", "TRIPOD+AI 23b")
+    items = answers("Key metrics, safety and reliability", "23b")
     return Section("matrix", "Each model at each site", items, (text, *plot, table))
 
 
@@ -135,7 +147,7 @@ def comparison(study: Study) -> Section | None:
         "interval that holds zero is no proof that the two are equal."
     )
     plot = (Figure("comparison"),) if isinstance(table, Table) else ()
-    items = ("CHAI: Key metrics, efficacy", "TRIPOD+AI 12f, 23a")
+    items = answers(EFFICACY, "12e", "23a")
     title = "Federated, centralised, local"
     return Section("comparison", title, items, (text, *plot, table, Bullets(_modes())))
 

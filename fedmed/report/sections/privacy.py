@@ -12,9 +12,10 @@ import math
 from fedmed.report import wording
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Row, Section, Table, Text, Value
+from fedmed.report.guidelines import answers
 from fedmed.report.terms import listed
 
-ITEMS = ("CHAI: Trust ingredients, security",)
+ITEMS = answers("Trust ingredients, security")
 FALSE_ALARMS = 0.001
 """Share of outsiders wrongly named at which the power of an attack is bounded."""
 

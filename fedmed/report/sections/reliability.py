@@ -6,9 +6,10 @@ from fedmed.evaluation import evidence
 from fedmed.report import terms
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Figure, Folded, Row, Section, Table, Text
+from fedmed.report.guidelines import answers
 from fedmed.report.sections.common import MISSING, reduced, sentence, title
 
-SAFETY = "CHAI: Key metrics, safety and reliability"
+SAFETY = "Key metrics, safety and reliability"
 
 
 def plot_name(target: str, targets: int) -> str:
@@ -32,12 +33,13 @@ def thresholds(study: Study) -> Section | None:
         for i, point in enumerate(points)
     )  # fmt: skip
     text = Text(
-        "A calibrated probability at or above the threshold is called positive. Thresholds were "
+        f"A {'calibrated ' if study.evidence.calibration else ''}probability at or above the "
+        "threshold is called positive. Thresholds were "
         "chosen on validation images only, before any test image was looked at. Sensitivity, "
         "specificity, PPV and NPV in this report are measured at them."
     )
     table = reduced(Table("Thresholds", ("Class", "Threshold", "Rule"), rows))
-    return Section("thresholds", "Thresholds", (SAFETY, "TRIPOD+AI 15"), (text, table))
+    return Section("thresholds", "Thresholds", answers(SAFETY, "15"), (text, table))
 
 
 def calibration(study: Study) -> Section | None:
@@ -62,14 +64,37 @@ def calibration(study: Study) -> Section | None:
     text = Text(
         "When the model says 70 %, about 70 of 100 such cases should have the finding. Its "
         "logits are divided by a temperature, fitted on validation images (Guo et al., ICML 2017), "
-        "which changes no ranking. Errors are measured on test images, before and after."
+        "which changes no image's most probable answer. Errors are measured on test images, "
+        "before and after."
     )
     blocks: list[Block] = [text, reduced(Table("Calibration", head, tuple(rows)))]
+    blocks += [Text(words, "unsure") for target in targets if (words := off(target))]
     for i, target in enumerate(targets):
         if any(b.observed.value is not None for b in target.bins):
             blocks += [Figure(plot_name(target.target, len(targets))), _bins(study, i)]
-    items = (SAFETY, "TRIPOD+AI 12e, 23a")
+    items = answers(SAFETY, "12e", "23a")
     return Section("calibration", "Calibration", items, tuple(blocks))
+
+
+def off(target: evidence.Calibration) -> str:
+    """What a reader must know of probabilities that are off, in which direction; else empty."""
+    error = target.after.get("ece")
+    if error is None or not error.low:  # an interval that begins at 0 fits probabilities that hold
+        return ""
+    known = [(b, b.probability.value, b.observed.low, b.observed.high) for b in target.bins]
+    more = [b for b, said, low, _ in known if said is not None and low is not None and low > said]
+    fewer = [
+        b for b, said, _, high in known if said is not None and high is not None and high < said
+    ]
+    text = (
+        f"The probabilities of {target.target} cannot be taken at their word: the interval of the "
+        "calibration error excludes 0, with the temperature applied too."
+    )
+    for bins, word in ((more, "more"), (fewer, "fewer")):
+        if bins:
+            where = terms.listed([f"{b.low:.0%} to {b.high:.0%}".replace("%", " %") for b in bins])
+            text += f" Where the model says {where}, {word} cases had the finding than it says."
+    return text
 
 
 def _bins(study: Study, i: int) -> Folded:
@@ -145,7 +170,7 @@ def prediction_sets(study: Study) -> Section | None:
     if isinstance(table, Table):
         blocks.append(Figure("coverage"))
     blocks.append(table)
-    items = (SAFETY, "TRIPOD+AI 15, 23a")
+    items = answers(SAFETY, "15", "23a")
     return Section("sets", "Prediction sets and referral", items, tuple(blocks))
 
 

@@ -8,6 +8,7 @@ from fedmed.report import curves as learning
 from fedmed.report import terms
 from fedmed.report.context import Study
 from fedmed.report.document import Block, Facts, Figure, Folded, Row, Section, Table, Text, Value
+from fedmed.report.guidelines import answers
 from fedmed.report.trace import CONFIG, trace
 
 _SETTINGS = (
@@ -46,13 +47,13 @@ def trained(study: Study) -> Section:
     return Section(
         "training",
         "What was trained, and by whom",
-        ("CHAI: Trust ingredients", "TRIPOD+AI 5, 6, 10, 12, 20, 22"),
+        answers("Trust ingredients", "5a", "6a", "12c", "21"),
         (
             Facts(tuple(facts)),
             Table("Sites and the patients they trained on", ("Site", "Patients"), tuple(rows)),
             Text(
-                "Patients are given in coarse bands: exact numbers stay at the sites. The run "
-                "folder names no developer, funder or approval; those who sign a release do."
+                "Patients are given in coarse bands: exact numbers stay at the sites. No approval "
+                "is recorded in a run's folder; those who sign a release vouch for it."
             ),
         ),
     )
@@ -60,7 +61,7 @@ def trained(study: Study) -> Section:
 
 def curves(study: Study) -> Section:
     """Learning curves, where exact figures may be shown."""
-    items = ("TRIPOD+AI 21",)
+    items = answers("", "12c")
     title = "Learning curves"
     if not study.exact:
         return Section("curves", title, items, (Text(_WITHHELD, "quiet"),))
@@ -108,9 +109,12 @@ def reproduce(study: Study) -> Section:
             sha.text, held, sha.trace, "Hash of model.safetensors.",
             tone="bad" if "DIFFERS" in held else "",
         )),
-        ("Bootstrap resamples", study.fact("resamples")),
-        ("Bootstrap seed", study.fact("seed")),
     ]  # fmt: skip
+    if evidence.resamples:
+        facts += [
+            ("Bootstrap resamples", study.fact("resamples")),
+            ("Bootstrap seed", study.fact("seed")),
+        ]
     if files.has(CONFIG):
         digest = sha256_file(files.folder / CONFIG)
         where = trace(CONFIG)
@@ -136,7 +140,7 @@ def reproduce(study: Study) -> Section:
         "Each figure here names its place in the run folder as file#/pointer (RFC 6901; in files "
         f"of JSON lines the first number is the line).{noise}"
     )
-    items = ("CHAI: Resources", "TRIPOD+AI 18e, 18f")
+    items = answers("Resources", "18f", "22")
     return Section(
         "reproduce", "How to check and repeat it", items, (text, Facts(tuple(facts)), sources)
     )
