@@ -175,10 +175,9 @@ def _rdp_of_one_step(sigma: float, q: float) -> NDArray[np.float64]:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         for i, order in enumerate(ORDERS):
-            if _series_length(q, order) > _LONGEST_SERIES:
-                continue
+            rate = _rate_for(q, order)
             try:
-                values[i] = compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=order)
+                values[i] = compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=order)
             except (ValueError, OverflowError, ZeroDivisionError):
                 continue  # the series left the doubles; the other orders still bound ε
     # (α - 1) · divergence is a cumulant generating function: convex in α and 0 at α = 1. So the
@@ -193,16 +192,19 @@ def _rdp_of_one_step(sigma: float, q: float) -> NDArray[np.float64]:
     return bounds
 
 
-def _series_length(q: float, order: float) -> float:
-    """Terms until a fractional order's series falls below e^-30, when the noise does not help.
+def _rate_for(q: float, order: float) -> float:
+    """``q``, or the least rate above it at which a fractional order's series is short enough.
 
-    Terms shrink like (q / (1 - q))^i and like i^-(order + 1): near q = 1/2, low orders take
-    millions, and bounding those orders by their neighbours loosens the result only a little.
+    Terms shrink like (q / (1 - q))^i and like i^-(order + 1); below e^-30 they are left out. Near
+    q = 1/2 low orders take millions. The divergence grows with the rate (the expectation of
+    (1 + q (r - 1))^order is convex in q with slope 0 at q = 0, since the ratio r has mean 1), so a
+    rate above bounds it.
     """
-    if order.is_integer() or q == 1.0:
-        return order
-    odds = abs(math.log(q / (1 - q)))
-    return min(30 / odds if odds else math.inf, math.exp(30 / (order + 1)))
+    if order.is_integer() or q == 1.0 or math.exp(30 / (order + 1)) <= _LONGEST_SERIES:
+        return q
+    least_odds = 30 / _LONGEST_SERIES  # logarithmic
+    near = abs(math.log(q / (1 - q))) < least_odds
+    return 1 / (1 + math.exp(-least_odds)) if near else q
 
 
 def _epsilon_rdp(merged: Sequence[Mechanism], delta: float) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedmed.errors import ConfigError
@@ -78,7 +78,7 @@ def _divergence(q, sigma, order):
     return (peak + np.log(np.trapezoid(np.exp(log - peak), z))) / (order - 1)
 
 
-@pytest.mark.parametrize("q", [0.01, 0.3, 0.45, 0.5, 0.55, 0.9])
+@pytest.mark.parametrize("q", [0.01, 0.3, 0.45, 0.499, 0.5, 0.501, 0.55, 0.9])
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 4.0])
 def test_no_order_is_ever_below_the_definition(q, sigma):
     computed = _rdp_of_one_step(sigma, q)
@@ -86,8 +86,9 @@ def test_no_order_is_ever_below_the_definition(q, sigma):
         if order < 20:
             exact = _divergence(q, sigma, order)
             assert computed[i] >= exact * (1 - 1e-6)
-            if q != 0.5 or order.is_integer():
-                assert computed[i] == pytest.approx(exact, rel=1e-6)
+            # Near one half a rate a little higher stands for low fractional orders.
+            loose = 0.03 if 0.49 < q < 0.51 and not order.is_integer() else 1e-6
+            assert computed[i] == pytest.approx(exact, rel=loose)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 4.0, 10.0])
@@ -113,7 +114,7 @@ def test_a_bound_below_zero_is_zero():
 sigmas = st.floats(0.4, 30.0)
 rates = st.floats(1e-4, 1.0)
 deltas = st.sampled_from(DELTAS)
-quick = settings(max_examples=15, deadline=None)
+quick = settings(max_examples=15)
 
 
 @quick
@@ -132,6 +133,7 @@ def test_more_noise_costs_less(sigma, factor, q, steps, delta):
 
 @quick
 @given(sigmas, rates, st.floats(0.1, 0.95), st.integers(1, 500), deltas)
+@example(0.5, 0.640625, 0.78125, 9, 1e-3)  # the lower one just above one half
 def test_a_lower_sampling_rate_costs_less(sigma, q, factor, steps, delta):
     rarer = epsilon([Mechanism(sigma, q * factor, steps)], delta)
     assert rarer <= epsilon([Mechanism(sigma, q, steps)], delta) * (1 + 1e-9)
