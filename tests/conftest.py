@@ -8,6 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A slow or busy machine is no failure.
+settings.register_profile(
+    "patient", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("patient")
 
 # A run that is tested here forks after torch has computed, and a child of a process with OpenMP
 # threads waits for ever for threads that it does not have. Torch reads this when it is imported,

@@ -159,7 +159,7 @@ def test_what_nobody_else_knows_can_be_rewritten_and_is_not_vouched_for(history,
         assert (result.logs[0].entries, result.logs[0].vouched) == (vouched + 1, vouched)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(
     acts=st.lists(st.integers(0, 99), min_size=50, max_size=600),
     calm=st.integers(0, 18),

@@ -138,7 +138,7 @@ ENTRIES = st.builds(
 )
 REFUSALS = st.builds(Refusal, run_id=runs, round=counts, site=words, code=words, reason=words)
 
-FEW = settings(max_examples=60, deadline=None)  # a record holds many values
+FEW = settings(max_examples=60)  # a record holds many values
 
 RECORDS = st.one_of(
     TASKS, MODELS, OPTIMIZERS, TRAINERS, AUGMENTS, REQUESTS, MECHANISMS, ROUNDS, UPDATES,

@@ -252,7 +252,7 @@ def test_same_seed_same_split_whatever_the_order_of_the_rows(tmp_path):
     cut=st.tuples(st.integers(1, 10), st.integers(0, 10), st.integers(0, 10)),
     seed=st.integers(0, 5),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_splits_keep_their_shares_over_all_and_within_strata(strata, cut, seed):
     shares = tuple(part / sum(cut) for part in cut)
     splits = assign_splits(strata, shares, seed)

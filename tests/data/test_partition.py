@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmed.data.manifest import ImageRecord
@@ -48,7 +48,6 @@ specs = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(rows=tables(), spec=specs, seed=st.integers(0, 2**32 - 1))
 def test_nobody_is_at_two_sites_and_nothing_is_lost(
     rows: list[ImageRecord], spec: PartitionSpec, seed: int
@@ -63,7 +62,6 @@ def test_nobody_is_at_two_sites_and_nothing_is_lost(
             assert any(r.split is Split.TRAIN for r in own)
 
 
-@settings(deadline=None)
 @given(rows=tables(), spec=specs, seed=st.integers(0, 99))
 def test_the_order_of_rows_does_not_matter(
     rows: list[ImageRecord], spec: PartitionSpec, seed: int

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special
 from simulated import BINARY, FINDINGS, GRADES, overconfident, several
@@ -35,7 +35,6 @@ def test_scaling_undoes_itself_and_keeps_the_most_probable_class(task):
         calibrate(answers, task, (1.0, 1.0))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), max_size=12),
     st.sampled_from([np.float32, np.float64]),

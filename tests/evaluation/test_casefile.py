@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -30,7 +30,6 @@ def _equal(ours: Cases, theirs: Cases) -> None:
     np.testing.assert_array_equal(ours.patients, theirs.patients)
 
 
-@settings(deadline=None)  # it writes a file
 @given(outputs=arrays(np.float32, (7, 3), elements=_UNIT), with_loss=st.booleans())
 def test_probabilities_come_back_exactly(
     tmp_path_factory: pytest.TempPathFactory, outputs: np.ndarray, with_loss: bool

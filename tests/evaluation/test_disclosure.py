@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmed.evaluation.disclosure import age_band, patient_band, suppressed
@@ -57,7 +57,6 @@ columns = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(columns, st.integers(1, 8))
 def test_what_is_kept_back_cannot_be_had_from_the_total(rows, least):
     patients = np.array([row[0] for row in rows], dtype=np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from simulated import BINARY, FINDINGS, GRADES, binary, several
 from sklearn import metrics as oracle
@@ -27,7 +27,6 @@ def values(made: Statistics, cases: Cases) -> dict[str, float]:
     return {k: d.value for k, d in draw(made, cases.patients, resamples=1, seed=0).items()}
 
 
-@settings(deadline=None)
 @given(weighted)
 def test_weights_are_repetitions(rows):
     scores, positive, counts = (np.array(column) for column in zip(*rows, strict=True))

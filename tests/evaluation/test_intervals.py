@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from simulated import binary
@@ -13,7 +13,6 @@ from sklearn.metrics import roc_auc_score
 from fedmed.evaluation.intervals import delong, wilson
 
 
-@settings(deadline=None)
 @given(st.integers(1, 500), st.floats(0, 1), st.sampled_from([0.8, 0.95, 0.99]))
 def test_wilson_equals_scipy(trials, share, level):
     successes = round(share * trials)

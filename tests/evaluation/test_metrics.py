@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as oracle
 
@@ -29,7 +29,6 @@ def split(rows: list[tuple[int, bool]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(scores, np.float32) / 5, np.array(positive)
 
 
-@settings(deadline=None)
 @given(scored)
 def test_auroc_counts_pairs_and_halves_of_ties(rows):
     scores, positive = split(rows)
@@ -47,7 +46,6 @@ def test_auroc_counts_pairs_and_halves_of_ties(rows):
         assert auroc(scores, positive) is None
 
 
-@settings(deadline=None)
 @given(scored)
 def test_auroc_depends_on_ranks_alone_and_reverses_with_the_classes(rows):
     scores, positive = split(rows)
@@ -57,7 +55,6 @@ def test_auroc_depends_on_ranks_alone_and_reverses_with_the_classes(rows):
         assert auroc(scores, ~positive) == pytest.approx(1 - area, abs=1e-15)
 
 
-@settings(deadline=None)
 @given(scored)
 def test_average_precision_equals_scikit_learn(rows):
     scores, positive = split(rows)

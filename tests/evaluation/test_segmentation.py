@@ -98,7 +98,7 @@ masks = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_hausdorff_equals_brute_force_with_spacing(data):
     predicted = data.draw(masks)
@@ -232,7 +232,7 @@ def test_volume_error_is_signed_and_relative_to_the_truth():
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     arrays.arrays(np.float32, (2, 4, 3), elements=st.floats(0, 1, width=32)),
     arrays.arrays(np.uint8, (2, 4, 3), elements=st.integers(0, 2)),

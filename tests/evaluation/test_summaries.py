@@ -70,7 +70,7 @@ def one_target(scores, positive, grid):
 
 @pytest.mark.parametrize("kind", TASKS)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4), seed=st.integers(0, 2**32))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_merging_is_the_summary_of_the_union(kind, sizes, seed):
     parts = [answers(kind, n, seed + i) for i, n in enumerate(sizes)]
     each = [summary(p, kind) for p in parts]
@@ -179,7 +179,7 @@ def together(target, floor):
     n=st.integers(2, 60), seed=st.integers(0, 2**32), floor=st.integers(1, 12),
     bins=st.sampled_from([2, 16, 130]), ties=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_exact_values_lie_within_the_bounds_however_coarse(n, seed, floor, bins, ties):
     rng = np.random.default_rng(seed)
     truth = rng.random(n) < 0.5
@@ -221,7 +221,7 @@ def test_undefined_metrics_are_none():
     seed=st.integers(0, 2**32), n=st.integers(0, 80), floor=st.integers(1, 30),
     bins=st.sampled_from([2, 8, 64]),
 )  # fmt: skip
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_cell_holds_enough_patients_and_nothing_is_lost(seed, n, floor, bins):
     rng = np.random.default_rng(seed)
     grid = Grid(bins, 4.0)

@@ -48,7 +48,7 @@ def enough(patients, floor):
     kind=st.sampled_from(CLASSES), n=st.integers(0, 200), floor=st.integers(2, 8),
     groups=st.integers(2, 4), each=st.integers(1, 3), seed=st.integers(0, 2**32),
 )  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_nobody_few_follow_from_groups_and_all_images_together(kind, n, floor, groups, each, seed):
     """Every told cell, and what all images less the groups leave of it, holds enough patients."""
     rng = np.random.default_rng(seed)
@@ -173,7 +173,7 @@ def stacked(parts, codes, columns, kind):
 
 @pytest.mark.parametrize("kind", TASKS)
 @given(most=st.integers(1, 4), columns=st.integers(0, 3), seed=st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_patient_moves_all_sums_together_by_more_than_the_noise_is_made_for(
     kind, most, columns, seed
 ):

@@ -57,7 +57,7 @@ def test_one_hidden_class_of_several_takes_another_with_it():
     kind=st.sampled_from([TaskKind.BINARY, TaskKind.MULTICLASS, TaskKind.MULTILABEL]),
     n=st.integers(0, 120), floor=st.integers(1, 15), seed=st.integers(0, 2**32),
 )  # fmt: skip
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_exact_cells_hold_enough_patients(kind, n, floor, seed):
     rng = np.random.default_rng(seed)
     patients = rng.integers(0, max(1, n), n)
@@ -124,7 +124,7 @@ def test_one_image_moves_no_sum_by_more_than_its_unit():
 
 
 @given(st.integers(1, 40), st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_noisy_cell_is_below_the_floor(floor, seed):
     rng = np.random.default_rng(seed)
     parts = place(rng.random((80, 1)), rng.random((80, 1)) < 0.5, SMALL)

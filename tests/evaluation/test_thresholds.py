@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from simulated import BINARY, FINDINGS, GRADES, binary, several
 from sklearn.metrics import roc_curve
@@ -25,7 +25,6 @@ def rates(scores: np.ndarray, positive: np.ndarray, cut: float) -> tuple[float, 
     return called[positive].mean(), (~called[~positive]).mean()
 
 
-@settings(deadline=None)
 @given(scored)
 def test_youden_is_the_largest_of_the_roc_curve(rows):
     scores = np.array([row[0] for row in rows]) / 6
@@ -41,7 +40,6 @@ def test_youden_is_the_largest_of_the_roc_curve(rows):
     )
 
 
-@settings(deadline=None)
 @given(scored, st.sampled_from([0.5, 0.9, 1.0]))
 def test_a_target_sensitivity_is_reached_by_the_highest_threshold(rows, target):
     scores = np.array([row[0] for row in rows]) / 6

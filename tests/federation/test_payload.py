@@ -65,7 +65,7 @@ def plain(content):
     return arrays, rest
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(KEYS, VALUES, max_size=5),
     st.none() | st.dictionaries(KEYS, SCALARS, max_size=4),
@@ -80,7 +80,7 @@ def test_message_survives_its_file(path, no_sync, arrays, config, metrics):
     assert check_payload(path, written.sha256)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         KEYS, st.sampled_from(sorted(DTYPES)).flatmap(

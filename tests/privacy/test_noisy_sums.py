@@ -26,7 +26,7 @@ class FirstImages(SecureGenerator):
     patients=st.lists(st.integers(0, 6), min_size=1, max_size=40),
     most=st.integers(1, 4), targets=st.integers(1, 5), seed=st.integers(0, 2**32),
 )  # fmt: skip
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_one_patient_moves_the_sums_by_no_more_than_the_sensitivity(
     patients, most, targets, seed
 ):  # fmt: skip

@@ -158,9 +158,7 @@ def test_every_byte_of_a_signature_counts(release, signers):
         assert codes(release, signers.trust) == ["signature-broken", "role-missing"], key
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_changed_byte_of_any_file_is_seen(originals, signers, data):
     release = originals["binary"]

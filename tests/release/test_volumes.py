@@ -75,7 +75,7 @@ def test_without_resampling_every_voxel_comes_back(codes, shape):
     assert found.missing == ()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     codes=st.sampled_from(CODES),
     zooms=st.tuples(*[st.floats(0.8, 2.2)] * 3),

@@ -20,7 +20,7 @@ INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3
 
 
 def few(examples):
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    return settings(max_examples=examples, derandomize=True, database=None)
 
 
 class Net(nn.Module):
