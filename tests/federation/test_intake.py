@@ -14,6 +14,7 @@ from fedmed.errors import LinkRefused
 from fedmed.federation.link import intake
 from fedmed.federation.link.intake import take_in
 from fedmed.federation.link.spool import keep_answer
+from fedmed.hashing import PayloadHash
 
 CONTENT = random.Random(2).randbytes(5000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -55,27 +56,27 @@ class Disk(BytesIO):
 
 
 def test_content_is_written_and_hashed():
-    file, digest = BytesIO(), hashlib.sha256()
+    file, digest = BytesIO(), PayloadHash()
     assert take_in(Source().readinto, 5000, file, digest) == 5000
     assert (file.getvalue(), digest.hexdigest()) == (CONTENT, SHA256)
 
 
 def test_nothing_is_read_beyond_the_size():
     source, file = Source(), BytesIO()
-    assert take_in(source.readinto, 1300, file, hashlib.sha256()) == 1300
+    assert take_in(source.readinto, 1300, file, PayloadHash()) == 1300
     assert source.tell() == 1300
     assert file.getvalue() == CONTENT[:1300]
 
 
 @pytest.mark.parametrize("size", [0, 1, 512, 513])
 def test_small_sizes(size):
-    file, digest = BytesIO(), hashlib.sha256()
+    file, digest = BytesIO(), PayloadHash()
     assert take_in(Source().readinto, size, file, digest) == size
-    assert digest.digest() == hashlib.sha256(CONTENT[:size]).digest()
+    assert digest.hexdigest() == hashlib.sha256(CONTENT[:size]).hexdigest()
 
 
 def test_source_that_ends_early():
-    file, digest = BytesIO(), hashlib.sha256()
+    file, digest = BytesIO(), PayloadHash()
     assert take_in(Source(CONTENT[:1700]).readinto, 5000, file, digest) == 1700
     assert file.getvalue() == CONTENT[:1700]
 
@@ -84,7 +85,7 @@ def test_source_that_ends_early():
 def test_what_came_before_a_break_is_written(breaks):
     file = BytesIO()
     with pytest.raises(ConnectionResetError):
-        take_in(Source(breaks=breaks).readinto, 5000, file, hashlib.sha256())
+        take_in(Source(breaks=breaks).readinto, 5000, file, PayloadHash())
     assert file.getvalue() == CONTENT[:breaks]
 
 
@@ -93,7 +94,7 @@ def test_nothing_follows_a_write_that_failed(full_at):
     """Or the file would hold content with a hole, where the site goes on behind it."""
     disk = Disk(full_at)
     with pytest.raises(OSError, match="full"):
-        take_in(Source().readinto, 5000, disk, hashlib.sha256())
+        take_in(Source().readinto, 5000, disk, PayloadHash())
     assert disk.getvalue() == CONTENT[:full_at]
 
 
@@ -113,7 +114,7 @@ def test_reading_waits_for_a_slow_disk():
         return count
 
     source, file, seen = Source(), Slow(), []
-    take_in(read_into, 5000, file, hashlib.sha256())
+    take_in(read_into, 5000, file, PayloadHash())
     assert seen == [4]
     assert file.getvalue() == CONTENT
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import json
 import socket
@@ -11,9 +10,9 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
-from io import BufferedRandom
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 from fedmed import __version__
 from fedmed.errors import LinkError, LinkRefused, TrustError, Unreachable
@@ -27,8 +26,9 @@ from fedmed.federation.link.connection import (
     translated,
 )
 from fedmed.federation.link.inbox import to_go_on
-from fedmed.federation.link.intake import take_in
+from fedmed.federation.link.intake import PIECE, take_in
 from fedmed.federation.link.outgoing import Payload
+from fedmed.hashing import PayloadHash
 from fedmed.trust.statements import MOST
 
 
@@ -129,15 +129,17 @@ class SiteLink:
             raise TrustError("the task's payload is not what was signed", "it is fetched again")
         part.replace(path)
 
-    def _fetch_rest(self, file: BufferedRandom, sha256: str, size: int) -> str:
+    def _fetch_rest(self, file: BinaryIO, sha256: str, size: int) -> str:
         """Append what an earlier try did not get.
 
         Returns:
             The hash of both.
         """
         start = file.tell()
+        digest = PayloadHash()
         file.seek(0)
-        digest = hashlib.file_digest(file, "sha256") if start else hashlib.sha256()
+        for first in range(0, start, PIECE):
+            digest.update(file.read(min(PIECE, start - first)))
         if start == size:
             return digest.hexdigest()
         headers = {"Range": f"bytes={start}-"} if start else {}

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from io import BufferedRandom
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 SPARE: Final = ".spare"
 """Name of a file that the next payload may be written over."""
 
 
 @contextlib.contextmanager
-def to_go_on(part: Path) -> Iterator[BufferedRandom]:
+def to_go_on(part: Path) -> Iterator[BinaryIO]:
     """A partial file, at its end: what is behind the place where the block leaves it is cut off.
 
     A new one is made of an old file where there is one. As long as old content lies behind the new

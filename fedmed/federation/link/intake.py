@@ -11,22 +11,17 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
-from typing import BinaryIO, Final, Protocol
+from typing import BinaryIO, Final
+
+from fedmed.hashing import PayloadHash
 
 PIECE: Final = 1 << 18
 """Bytes handed on at once: they stay in the processor's cache."""
 _BUFFERS: Final = 4  # of every transfer that is under way
 
 
-class Digest(Protocol):
-    """A hash under way, as of :mod:`hashlib`."""
-
-    def update(self, data: memoryview, /) -> None:
-        """Take the next bytes."""
-
-
 def take_in(
-    read_into: Callable[[memoryview], int], size: int, file: BinaryIO, digest: Digest
+    read_into: Callable[[memoryview], int], size: int, file: BinaryIO, digest: PayloadHash
 ) -> int:
     """Move ``size`` bytes from the network to a file, and hash them.
 

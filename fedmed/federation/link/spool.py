@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import uuid
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import BinaryIO, Final, Protocol
 
 from fedmed.errors import LinkRefused
 from fedmed.federation.link.intake import take_in
+from fedmed.hashing import PayloadHash
 
 _SPARE: Final = ".spare-"  # begins the names of files to be written over
 
@@ -29,7 +29,7 @@ def keep_answer(spool: Path, sha256: str, size: int, body: Body) -> None:
         LinkRefused: it broke off, is not what was signed, or the disk is full; nothing is kept.
     """
     temporary = spool / f".{uuid.uuid4().hex}"
-    digest = hashlib.sha256()
+    digest = PayloadHash()
     try:
         spool.mkdir(parents=True, exist_ok=True)
         with _opened(spool, temporary) as file:
