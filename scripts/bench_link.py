@@ -40,7 +40,8 @@ from fedmed.coordinator.enrolment import admit, invite
 from fedmed.coordinator.folder import StudyFolder, create_study
 from fedmed.errors import FedmedError
 from fedmed.federation.files import PIECE, lay_out
-from fedmed.federation.link.client import SPARE, SiteLink
+from fedmed.federation.link.client import SiteLink
+from fedmed.federation.link.inbox import SPARE
 from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.payload import read_payload
 from fedmed.federation.study import FORMAT, Preparation, StudyPlan

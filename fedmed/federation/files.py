@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,14 +89,6 @@ def save_arrays(
                     file.write(part[first : first + PIECE])
     except OSError as error:
         raise _unwritable(path, error) from error
-
-
-def sha256_parts(parts: Iterable[bytes | memoryview]) -> str:
-    """Hash of bytes that lie in several places, hexadecimal."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:

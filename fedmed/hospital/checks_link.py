@@ -11,7 +11,8 @@ from email.utils import parsedate_to_datetime
 from typing import Final
 
 from fedmed.errors import LinkRefused, TrustError, Unreachable
-from fedmed.federation.link.client import Address, SiteLink
+from fedmed.federation.link.client import SiteLink
+from fedmed.federation.link.connection import Address
 from fedmed.hospital.checks_base import Part, Parts, Remarks, fault, ok, warning
 from fedmed.hospital.checks_site import Site
 from fedmed.hospital.task import SKEW

@@ -16,7 +16,7 @@ from fedmed.codec import decode, encode
 from fedmed.errors import ConfigError, FedmedError
 from fedmed.federation.files import write_atomic
 from fedmed.federation.kit import Kit, read_kit
-from fedmed.federation.link.client import Address, Identity
+from fedmed.federation.link.connection import Address, Identity
 from fedmed.federation.study import StudyPlan, read_plan
 from fedmed.hospital.rules import Rules, read_rules
 from fedmed.trust import certificates

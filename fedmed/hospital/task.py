@@ -18,7 +18,7 @@ from fedmed.errors import (
     TrustError,
     UpdateRejected,
 )
-from fedmed.federation.link.client import SPARE
+from fedmed.federation.link.inbox import SPARE
 from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.payload import check_payload
 from fedmed.hospital.folder import HospitalFolder

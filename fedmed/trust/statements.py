@@ -27,7 +27,8 @@ class TaskStatement:
 
     Attributes:
         study, plan, run, round, site: what, under which plan (its hash), for whom.
-        payload, size: SHA-256 and bytes of the file that holds task and weights.
+        payload, size: hash (of :mod:`fedmed.hashing`) and bytes of the file that holds task and
+            weights.
         issued, expires: seconds since 1970.
         log_seq, log_head: where the coordinator's audit log stood; the answer repeats it.
         signer: PEM certificate of the key that signed, issued by the study's authority.
@@ -59,7 +60,7 @@ class AnswerStatement:
     Attributes:
         study, plan, run, round, site: as in the task.
         task: SHA-256 of the task statement that is answered.
-        payload, size: SHA-256 and bytes of the file that holds the answer.
+        payload, size: hash and bytes of the file that holds the answer.
         code: reason code of a refusal, or an empty string.
         log_seq, log_head: the coordinator's log as the task told it: the countersignature.
         own_seq, own_head: where the site's log stood.

@@ -15,7 +15,8 @@ from fedmed.coordinator.enrolment import admit, invite
 from fedmed.coordinator.folder import create_study
 from fedmed.coordinator.service import StudyService
 from fedmed.errors import PolicyRefused
-from fedmed.federation.link.client import Address, SiteLink
+from fedmed.federation.link.client import SiteLink
+from fedmed.federation.link.connection import Address
 from fedmed.federation.link.rows import RunState
 from fedmed.federation.study import FORMAT, Preparation, StudyPlan
 from fedmed.hospital import service as site_service

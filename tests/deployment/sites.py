@@ -18,7 +18,8 @@ from studies import HOST
 from fedmed.coordinator.enrolment import admit, invite
 from fedmed.coordinator.folder import StudyFolder
 from fedmed.federation import messages
-from fedmed.federation.link.client import Address, Identity, SiteLink
+from fedmed.federation.link.client import SiteLink
+from fedmed.federation.link.connection import Address, Identity
 from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.payload import make_payload, read_payload
 from fedmed.hospital.folder import make_identity

@@ -14,7 +14,8 @@ from fedmed.config.compose import load
 from fedmed.coordinator.enrolment import admit, invite
 from fedmed.coordinator.folder import StudyFolder, create_study
 from fedmed.experiment.study import make_plan
-from fedmed.federation.link.client import Address, SiteLink
+from fedmed.federation.link.client import SiteLink
+from fedmed.federation.link.connection import Address
 from fedmed.federation.study import StudyPlan
 from fedmed.hospital.approval import approve, make_role_key
 from fedmed.hospital.folder import HospitalFolder, create_site

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from fedmed.errors import TrustError, Unreachable
-from fedmed.federation.link import client
-from fedmed.federation.link.client import SPARE, Address, Identity, SiteLink
+from fedmed.federation.link import intake
+from fedmed.federation.link.client import SiteLink
+from fedmed.federation.link.connection import Address, Identity
+from fedmed.federation.link.inbox import SPARE
 
 CONTENT = random.Random(1).randbytes(5000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -32,25 +34,27 @@ class Source(SiteLink):
         start = int(headers.get("Range", "bytes=0-")[6:-1])
         self.asked.append(start)
         reach = self.reaches.pop(0) if self.reaches else len(CONTENT)
-        response = BytesIO(CONTENT[start : start + reach])
+        response = Response(CONTENT[start : start + reach])
         response.status = self.status if start else 200
+        response.dies = self.dies
         return response
-
-    def _read(self, response, most):
-        piece = response.read(most)
-        if self.dies and not piece:
-            raise Killed
-        return piece
 
 
 class Response(BytesIO):
-    status = 200
+    """What the coordinator sends."""
+
+    status, dies = 200, False
+
+    def readinto(self, buffer):
+        count = super().readinto(buffer)
+        if self.dies and not count:
+            raise Killed
+        return count
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(client, "PIECE", 512)
-    monkeypatch.setattr(f"{__name__}.BytesIO", Response)
+    monkeypatch.setattr(intake, "PIECE", 512)
 
 
 @pytest.fixture(params=[None, 100, 5000, 9000], ids=lambda n: f"over {n}" if n else "new")

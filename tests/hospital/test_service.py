@@ -26,7 +26,8 @@ from fedmed.errors import (
     Unreachable,
 )
 from fedmed.federation.link import store as store_module
-from fedmed.federation.link.client import Address, SiteLink
+from fedmed.federation.link.client import SiteLink
+from fedmed.federation.link.connection import Address
 from fedmed.federation.link.listener import Listener
 from fedmed.federation.link.rows import PAUSED
 from fedmed.federation.link.store import OVERLAP

@@ -21,8 +21,8 @@ from fedmed.data.synthetic import SyntheticSpec, make_phantoms
 from fedmed.evaluation.groups import GroupColumn
 from fedmed.federation.evaluation_task import EvaluationRequest
 from fedmed.federation.gate import Progress
-from fedmed.federation.link import client as client_module
 from fedmed.federation.link import listener as listener_module
+from fedmed.federation.link.connection import Connection
 from fedmed.federation.link.rows import RunState, TaskRow
 from fedmed.hospital import checks_folder, checks_machine
 from fedmed.hospital.check import check_site
@@ -675,7 +675,7 @@ def test_site_that_is_not_enrolled(online):
 
 
 def test_refusal_that_the_end_of_the_connection_overtakes(online, monkeypatch):
-    send = client_module._Connection.send
+    send = Connection.send
 
     def late(self, data):
         if self.sock is None:
@@ -683,7 +683,7 @@ def test_refusal_that_the_end_of_the_connection_overtakes(online, monkeypatch):
         time.sleep(0.2)  # by now the coordinator has looked at the certificate and hung up
         send(self, data)
 
-    monkeypatch.setattr(client_module._Connection, "send", late)
+    monkeypatch.setattr(Connection, "send", late)
     online.identity("site-a")
     only(online.check(online=True), "fault", "enrolment", "does not admit site-a")
 

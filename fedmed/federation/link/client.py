@@ -5,56 +5,31 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import socket
 import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO
 
 from fedmed import __version__
 from fedmed.errors import LinkError, LinkRefused, TrustError, Unreachable
-from fedmed.federation.files import PIECE
+from fedmed.federation.link.connection import (
+    TELLS,
+    Address,
+    Connection,
+    Identity,
+    connection_to,
+    shown,
+    translated,
+)
+from fedmed.federation.link.inbox import to_go_on
+from fedmed.federation.link.intake import PIECE, take_in
 from fedmed.federation.link.outgoing import Payload
-from fedmed.hashing import PassingHash
+from fedmed.hashing import PayloadHash
 from fedmed.trust.statements import MOST
-
-SPARE: Final = ".spare"
-"""Name of a file that the next payload may be written over."""
-_TIMEOUT: Final = 60.0  # seconds without a byte
-_TELLS: Final = 400  # characters of a refusal that are shown
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where the coordinator is.
-
-    Attributes:
-        host: name or IP address; IPv6 without brackets.
-        proxy: ``host:port`` of an HTTP proxy that tunnels TLS (CONNECT), or None.
-    """
-
-    host: str
-    port: int
-    proxy: str | None = None
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Files by which both ends know each other.
-
-    Attributes:
-        authority: PEM certificates that the coordinator's must be issued by.
-        own: the site's private key and certificate in one PEM file, so that both are replaced
-            at once.
-    """
-
-    authority: Path
-    own: Path
 
 
 class SiteLink:
@@ -85,7 +60,7 @@ class SiteLink:
         self._identity = identity
         self._rate = bytes_per_second
         self._tap = tap
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._response: http.client.HTTPResponse | None = None
         self._waiting = False
         self._hung_up = False
@@ -136,7 +111,7 @@ class SiteLink:
     def fetch(self, sha256: str, size: int, path: Path) -> None:
         """Get a payload into a file; what an earlier try got is not fetched again.
 
-        It is written over a file :data:`SPARE` beside it, if there is one.
+        It is written over a file ``SPARE`` beside it, if there is one.
 
         Raises:
             TrustError: the content is not what the statement signed.
@@ -147,40 +122,42 @@ class SiteLink:
         part = path.with_name(f".{sha256}.part")
         if part.exists() and part.stat().st_size > size:
             part.unlink()
-        digest = PassingHash()
-        try:
-            with _to_go_on(part) as file:
-                self._fetch_rest(file, sha256, size, digest)
-            found = digest.hexdigest()
-        finally:
-            digest.close()
+        with to_go_on(part) as file:
+            found = self._fetch_rest(file, sha256, size)
         if found != sha256:
             part.unlink()
             raise TrustError("the task's payload is not what was signed", "it is fetched again")
         part.replace(path)
 
-    def _fetch_rest(self, file: BinaryIO, sha256: str, size: int, digest: PassingHash) -> None:
-        """Append what an earlier try did not get; the hash covers both."""
+    def _fetch_rest(self, file: BinaryIO, sha256: str, size: int) -> str:
+        """Append what an earlier try did not get.
+
+        Returns:
+            The hash of both.
+        """
         start = file.tell()
+        digest = PayloadHash()
         file.seek(0)
         for first in range(0, start, PIECE):
             digest.update(file.read(min(PIECE, start - first)))
         if start == size:
-            return
+            return digest.hexdigest()
         headers = {"Range": f"bytes={start}-"} if start else {}
         response = self._send("GET", f"/v1/payload/{sha256}", headers)
         if start and response.status != 206:
             self.close()
             file.seek(0)
             raise Unreachable("the payload cannot be continued", "it is fetched from its beginning")
+
+        def read_into(buffer: memoryview) -> int:
+            with self._reading():
+                return response.readinto(buffer)
+
         rest = size - start
-        while rest and (piece := self._read(response, min(PIECE, rest))):
-            digest.update(piece)
-            file.write(piece)
-            rest -= len(piece)
-        if rest or self._read(response, 1):
+        if take_in(read_into, rest, file, digest) < rest or self._read(response, 1):
             self.close()
             raise Unreachable("the payload broke off", "it goes on from there")
+        return digest.hexdigest()
 
     def answer(self, sealed: bytes, payload: Payload) -> int:
         """Bring an answer.
@@ -245,7 +222,7 @@ class SiteLink:
         self.date = response.getheader("Date", "")
         if response.status in (200, 204, 206):
             return response
-        shown = _shown(self._read(response, 4 * _TELLS).decode(errors="replace"))
+        said = shown(self._read(response, 4 * TELLS).decode(errors="replace"))
         self.close()
         if 300 <= response.status < 400:
             raise TrustError(
@@ -253,8 +230,8 @@ class SiteLink:
                 "it is not followed; check the address with the coordinator's staff",
             )
         if response.status in (502, 503, 504, 507):
-            raise Unreachable(f"the coordinator cannot answer now: {shown}", "tried again later")
-        raise LinkRefused(response.status, f"the coordinator refused ({response.status}): {shown}")
+            raise Unreachable(f"the coordinator cannot answer now: {said}", "tried again later")
+        raise LinkRefused(response.status, f"the coordinator refused ({response.status}): {said}")
 
     def _send_once(
         self,
@@ -280,35 +257,14 @@ class SiteLink:
 
     def _failed(self, error: Exception) -> LinkError | TrustError:
         """Hang up, and say why. (A name for what is raised would tie the socket into a cycle.)"""
-        failure = _translated(self._last_word(error), self._address)
+        if self._connection is not None:
+            error = self._connection.last_word(error)
+        failure = translated(error, self._address)
         self.close()
         return failure
 
-    def _last_word(self, error: Exception) -> Exception:
-        """Why the other end hung up, if it said so.
-
-        It looks at this site's certificate after TLS has begun for this end, so that a request
-        may break on the end of the connection before the alert is read.
-        """
-        broken = isinstance(error, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError)
-        connection = self._connection
-        if broken and connection is not None and connection.sock is not None:
-            try:
-                connection.sock.recv(1)
-            except OSError as alert:
-                if isinstance(alert, ssl.SSLError) and "ALERT" in (alert.reason or ""):
-                    return alert
-        return error
-
-    def _connect(self) -> _Connection:
-        host, port, proxy = self._address.host, self._address.port, self._address.proxy
-        context = _context(self._identity)
-        if proxy is None:
-            return _Connection(host, port, context, self._seen)
-        name, _, number = proxy.rpartition(":")
-        connection = _Connection(name, int(number), context, self._seen)
-        connection.set_tunnel(host, port)
-        return connection
+    def _connect(self) -> Connection:
+        return connection_to(self._address, self._identity, self._seen)
 
     def _seen(self, data: bytes) -> None:
         self.written += len(data)
@@ -316,11 +272,16 @@ class SiteLink:
             self._tap(bytes(data))
 
     def _read(self, response: http.client.HTTPResponse, most: int) -> bytes:
-        try:
+        with self._reading():
             return response.read(most)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, http.client.HTTPException) as error:
             self.close()
-            raise _translated(error, self._address) from error
+            raise translated(error, self._address) from error
 
     def _finish(self, response: http.client.HTTPResponse) -> bytes:
         content = self._read(response, MOST + 1)
@@ -328,92 +289,3 @@ class SiteLink:
             self.close()
             raise LinkError("the coordinator's answer is too long", "ask its staff")
         return content
-
-
-@contextlib.contextmanager
-def _to_go_on(part: Path) -> Iterator[BinaryIO]:
-    """A partial file, at its end: what is behind the place where the block leaves it is cut off.
-
-    A new one is made of an old file where there is one. As long as old content lies behind the new
-    the file has a name of its own: a crash must not make it pass for what was fetched.
-    """
-    over = part.with_name(".over")
-    if not part.exists():
-        with contextlib.suppress(FileNotFoundError):
-            part.with_name(SPARE).replace(over)
-        path = over if over.exists() else part
-    else:
-        path = part
-    try:
-        with path.open("r+b" if path.exists() else "w+b") as file:
-            if path is part:
-                file.seek(0, os.SEEK_END)
-            try:
-                yield file
-            finally:
-                file.truncate()
-    finally:
-        path.replace(part)
-
-
-class _Connection(http.client.HTTPSConnection):
-    """An HTTPS connection whose plain text can be watched."""
-
-    def __init__(
-        self, host: str, port: int, context: ssl.SSLContext, tap: Callable[[bytes], None]
-    ) -> None:
-        super().__init__(host, port, timeout=_TIMEOUT, context=context)
-        self._tap = tap
-        self.ends: float | None = None
-
-    def connect(self) -> None:
-        super().connect()
-        shown: dict[str, Any] = self.sock.getpeercert() or {}
-        self.ends = ssl.cert_time_to_seconds(shown["notAfter"])
-
-    def send(self, data: Any) -> None:
-        self._tap(data)
-        super().send(data)
-
-
-def _context(identity: Identity) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_verify_locations(identity.authority)
-        context.load_cert_chain(identity.own)
-    except (OSError, ssl.SSLError) as error:
-        raise TrustError(
-            f"the site's key and certificate {identity.own}, or the study's authority, cannot "
-            "be used",
-            "see fedmed site check",
-        ) from error
-    return context
-
-
-def _shown(text: str) -> str:
-    """The other end's words, made safe to print and to keep."""
-    return "".join(c if c.isprintable() else " " for c in text[:_TELLS])
-
-
-def _translated(error: Exception, address: Address) -> LinkError | TrustError:
-    where = f"{address.host}:{address.port}"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return TrustError(
-            f"{where} does not show the study's certificate ({error.verify_message})",
-            "nothing was sent; check clock and address, then ask the coordinator's staff",
-        )
-    if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
-        return LinkRefused(
-            403,
-            f"{where} does not admit this site's certificate",
-            "have it enrolled; it may have been revoked",
-        )
-    if isinstance(error, socket.gaierror):
-        return Unreachable(
-            f"the name {address.host!r} cannot be resolved", "check DNS or the proxy"
-        )
-    what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return Unreachable(
-        f"{where} cannot be reached ({_shown(what)})", "check network, firewall and proxy"
-    )

@@ -194,6 +194,11 @@ class _Body:
         self.left -= len(piece)
         return piece
 
+    def readinto(self, buffer: memoryview, /) -> int:
+        count = self._file.readinto(buffer[: self.left]) if self._file else 0
+        self.left -= count
+        return count
+
     def drain(self) -> None:
         most, seconds = _DRAIN
         until = time.monotonic() + seconds
@@ -208,7 +213,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = f"fedmed/{__version__}"
     sys_version = ""
-    rbufsize = PIECE
+    rbufsize = 1 << 16  # an answer's pieces are larger: they go past it
     server: _Server
     _body: _Body
 

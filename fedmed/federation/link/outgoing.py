@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
-from fedmed.federation.files import PIECE, sha256_parts
+from fedmed.federation.files import PIECE
+from fedmed.hashing import hash_parts
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Payload:
 
     Attributes:
         parts: the bytes, end to end.
-        sha256: of all of them.
+        sha256: of all of them, as :mod:`fedmed.hashing` makes it.
         size: in bytes.
     """
 
@@ -28,7 +29,7 @@ class Payload:
     def of(cls, parts: Iterable[bytes | memoryview]) -> Self:
         """Hash what is to be sent."""
         views = tuple(memoryview(part) for part in parts)
-        return cls(views, sha256_parts(views), sum(len(view) for view in views))
+        return cls(views, hash_parts(views), sum(len(view) for view in views))
 
     def pieces(self, start: int = 0) -> Iterator[memoryview]:
         """The bytes from ``start`` on, a little at a time."""

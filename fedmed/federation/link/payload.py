@@ -25,7 +25,7 @@ from fedmed.errors import ConfigError, UpdateRejected
 from fedmed.federation.files import DTYPES, lay_out
 from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.messages import ARRAYS, CONFIG, METRICS, ViewArray, values_of
-from fedmed.hashing import sha256_file
+from fedmed.hashing import hash_file
 
 MOST_HEADER: Final = 1 << 24
 """Bytes of the largest header: a table of a hundred thousand tensors."""
@@ -76,7 +76,7 @@ def read_payload(path: Path) -> RecordDict:
 def check_payload(path: Path, sha256: str) -> bool:
     """Whether a file is there and has this hash."""
     try:
-        return sha256_file(path) == sha256
+        return hash_file(path) == sha256
     except OSError:
         return False
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from fedmed.errors import LinkRefused
-from fedmed.federation.files import PIECE
-from fedmed.hashing import PassingHash
+from fedmed.federation.link.intake import take_in
+from fedmed.hashing import PayloadHash
 
 _SPARE: Final = ".spare-"  # begins the names of files to be written over
 
@@ -18,8 +18,8 @@ _SPARE: Final = ".spare-"  # begins the names of files to be written over
 class Body(Protocol):
     """What is left of a request."""
 
-    def read(self, size: int) -> bytes:
-        """At most ``size`` bytes; none at the end."""
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill a buffer as far as it can; 0 at the end."""
 
 
 def keep_answer(spool: Path, sha256: str, size: int, body: Body) -> None:
@@ -29,18 +29,12 @@ def keep_answer(spool: Path, sha256: str, size: int, body: Body) -> None:
         LinkRefused: it broke off, is not what was signed, or the disk is full; nothing is kept.
     """
     temporary = spool / f".{uuid.uuid4().hex}"
-    digest = PassingHash()
+    digest = PayloadHash()
     try:
         spool.mkdir(parents=True, exist_ok=True)
         with _opened(spool, temporary) as file:
-            rest = size
-            while rest:
-                piece = body.read(min(PIECE, rest))
-                if not piece:
-                    raise LinkRefused(400, "the answer broke off", "send it again")
-                digest.update(piece)
-                file.write(piece)
-                rest -= len(piece)
+            if take_in(body.readinto, size, file, digest) < size:
+                raise LinkRefused(400, "the answer broke off", "send it again")
             file.truncate()
         if digest.hexdigest() != sha256:
             raise LinkRefused(422, "the answer's content is not what was signed", "send it again")
@@ -50,7 +44,6 @@ def keep_answer(spool: Path, sha256: str, size: int, body: Body) -> None:
             507, f"the coordinator cannot keep the answer ({error.strerror})", "try again later"
         ) from error
     finally:
-        digest.close()
         temporary.unlink(missing_ok=True)
 
 
