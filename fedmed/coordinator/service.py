@@ -24,6 +24,7 @@ from fedmed.errors import (
 from fedmed.federation.link.desk import Desk
 from fedmed.federation.link.listener import Listener
 from fedmed.federation.link.rows import RunState
+from fedmed.federation.link.spool import drop_torn
 from fedmed.trust.statements import AnswerStatement
 
 _TICK: Final = 0.5  # seconds between looks for an operator's wishes
@@ -114,6 +115,8 @@ class StudyService:
             replaced,
         )
         certificate, key, _ = folder.tls
+        for spool in folder.spools():
+            drop_torn(spool)
         try:
             listener = Listener(
                 settings.listen, settings.port, certificate, key, self._store, desk

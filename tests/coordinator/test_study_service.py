@@ -103,6 +103,15 @@ def test_run_is_carried_out(served):
     assert "run-finished" in events
 
 
+def test_answers_torn_by_a_kill_are_gone_after_the_next_start(served):
+    spool = served.folder.spool(RUN)
+    spool.mkdir(parents=True)
+    for name in (".coming-1", ".spare-1", "whole"):
+        (spool / name).write_bytes(b"x")
+    with served.serving():
+        assert sorted(p.name for p in spool.iterdir()) == [".spare-1", "whole"]
+
+
 def test_run_that_was_asked_for_before_is_carried_out(served):
     served.store.ask_run(RUN)
     with served.serving():

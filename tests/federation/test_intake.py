@@ -129,10 +129,11 @@ def test_answer_is_kept_under_its_hash(tmp_path):
     ("source", "sha256", "status"),
     [
         (Source(CONTENT[:4000]), SHA256, 400),
+        (Source(breaks=4000), SHA256, 400),
         (Source(), "0" * 64, 422),
         (Source(CONTENT[:-1] + b"x"), SHA256, 422),
     ],
-    ids=["broken off", "other hash", "last byte"],
+    ids=["broken off", "reset", "other hash", "last byte"],
 )
 def test_answer_that_is_not_what_was_signed_is_not_kept(tmp_path, source, sha256, status):
     with pytest.raises(LinkRefused) as refused:

@@ -13,6 +13,7 @@ from fedmed.federation.link.intake import take_in
 from fedmed.hashing import PayloadHash
 
 _SPARE: Final = ".spare-"  # begins the names of files to be written over
+_COMING: Final = ".coming-"  # and of answers that are on their way
 
 
 class Body(Protocol):
@@ -28,12 +29,19 @@ def keep_answer(spool: Path, sha256: str, size: int, body: Body) -> None:
     Raises:
         LinkRefused: it broke off, is not what was signed, or the disk is full; nothing is kept.
     """
-    temporary = spool / f".{uuid.uuid4().hex}"
+
+    def arriving(buffer: memoryview) -> int:
+        try:
+            return body.readinto(buffer)
+        except OSError:  # not the disk's
+            return 0
+
+    temporary = spool / f"{_COMING}{uuid.uuid4().hex}"
     digest = PayloadHash()
     try:
         spool.mkdir(parents=True, exist_ok=True)
         with _opened(spool, temporary) as file:
-            if take_in(body.readinto, size, file, digest) < size:
+            if take_in(arriving, size, file, digest) < size:
                 raise LinkRefused(400, "the answer broke off", "send it again")
             file.truncate()
         if digest.hexdigest() != sha256:
@@ -64,6 +72,12 @@ def drop_answers(spool: Path, needed: Collection[str], *, recycle: bool) -> None
     if not recycle:
         for path in spool.glob(f"{_SPARE}*"):
             path.unlink(missing_ok=True)
+
+
+def drop_torn(spool: Path) -> None:
+    """Drop what was on its way when the coordinator was killed; none may be under way now."""
+    for path in spool.glob(f"{_COMING}*"):
+        path.unlink(missing_ok=True)
 
 
 def _opened(spool: Path, path: Path) -> BinaryIO:
