@@ -47,6 +47,7 @@ from fedmed.report.runfolder import MetricsLog, read_metrics
 from fedmed.report.tracking import MlflowTracker, NullTracker, TensorBoardTracker, Tracker
 from fedmed.training.arrays import pack
 from fedmed.training.build import build
+from fedmed.training.memory import kept_memory
 from fedmed.types import PrivacyUnit
 
 
@@ -117,6 +118,7 @@ class Experiment:
         legs = open_legs(self._config, self._hospitals, self._folder, watchers)
         agents = [agent for leg in legs for agent in leg.agents.values()]
         with ExitStack() as stack:
+            stack.enter_context(kept_memory())  # of all rounds: short ones would only fetch it anew
             for agent in agents:
                 stack.callback(agent.close)
             starts = [self._start(leg) for leg in legs]  # torn files show before the display

@@ -27,6 +27,7 @@ from fedmed.hospital.conditions import why_paused
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.hospital.notes import take_notes
 from fedmed.hospital.task import Answer, LocalFault, Work, receive
+from fedmed.training.memory import kept_memory
 from fedmed.trust.statements import TaskStatement
 
 _POLL: Final = 25.0
@@ -134,7 +135,8 @@ class SiteService:
                 self._tell("fetching", task)
                 link.fetch(task.payload, task.size, work.path)
             self._tell("training", task)
-            answer = work.answer(exchange)
+            with kept_memory():  # other programs get it back until the next task
+                answer = work.answer(exchange)
         self._tell("sending", task)
         if self._deliver(answer, task, link, audit):
             work.clear()

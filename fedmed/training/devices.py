@@ -16,6 +16,7 @@ from fedmed.privacy.engine import Engine
 from fedmed.privacy.team import Team
 from fedmed.training.arrays import pack
 from fedmed.training.crew import Crew
+from fedmed.training.memory import kept_memory
 from fedmed.training.trainer import FitResult, Prepared, Trainer, pick_device
 from fedmed.types import Cohort, PackedArrays, Split, TrainTask
 
@@ -90,7 +91,8 @@ def _fit(
     """One worker's part of a round, and the hash of the weights it ended with."""
     trainer = Trainer(data, str(device), team)
     prepared = trainer.prepare(task, engine, cohort, personal)
-    fit = trainer.fit(prepared)
+    with kept_memory():
+        fit = trainer.fit(prepared)
     digest = pack(prepared.model, buffers=False).sha256()
     if team.rank:
         return replace(fit, arrays=PackedArrays((), {}), personal={}), digest

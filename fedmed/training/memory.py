@@ -21,8 +21,9 @@ def kept_memory() -> Iterator[None]:
 
     Left alone, glibc gives a step's memory back to the system and gets it anew in the next one,
     where each page is cleared at its first use: up to a fifth of a step on a CPU. The
-    largest resident size does not change but for a few percent of gaps. With another C library
-    nothing happens.
+    largest resident size does not change but for a few percent of gaps. Meant for a site's round or
+    a whole simulation: around a few short steps the end costs more than it saves. With another C
+    library nothing happens.
     """
     libc = _glibc()
     if libc is None:

@@ -22,7 +22,6 @@ from fedmed.privacy.team import ALONE, Team
 from fedmed.training.arrays import pack, personal_state, put_personal, unpack
 from fedmed.training.build import build
 from fedmed.training.loop import run_steps
-from fedmed.training.memory import kept_memory
 from fedmed.training.optimizers import cosine, make_optimizer
 from fedmed.types import (
     AugmentSpec,
@@ -192,7 +191,7 @@ class Trainer:
         else:
             seed = derived_seed(task.seed, "train", task.round, self._data.name)
             seed += self._team.rank  # no two workers augment alike
-        with kept_memory(), torch.random.fork_rng(devices=_cuda_devices(self._device)):
+        with torch.random.fork_rng(devices=_cuda_devices(self._device)):
             torch.manual_seed(seed)
             source = _AugmentedSplit(
                 self._data.splits[Split.TRAIN], task.augment, task.task.kind, task.task.dims,
