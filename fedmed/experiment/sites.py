@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -72,7 +74,9 @@ def site_folder(config: Config) -> Path:
                     "put the raw data there, or say where it is with data.source.path or, for a "
                     "shipped experiment, with the variable FEDMED_DATA",
                 )
-            _import(data.source, Path(data.source.path), target)
+            with _alone(target):
+                if not target.exists():
+                    _import(data.source, Path(data.source.path), target)
         return target
     if not data.name.startswith("synthetic"):
         raise ConfigError(
@@ -96,8 +100,23 @@ def site_folder(config: Config) -> Path:
     )
     recipe = hashlib.sha256(encode(spec).encode()).hexdigest()[:12]
     target = cache / "phantoms" / recipe
-    make_phantoms(target, spec)
+    with _alone(target):
+        make_phantoms(target, spec)
     return target
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Runs that begin at once make a folder of the cache once.
+
+    Where no lock can be had, whoever writes the folder says why.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((target.parent / f".{target.name}.lock").open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _import(source: SourceConfig, path: Path, target: Path) -> None:
