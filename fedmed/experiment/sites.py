@@ -100,14 +100,13 @@ def site_folder(config: Config) -> Path:
     )
     recipe = hashlib.sha256(encode(spec).encode()).hexdigest()[:12]
     target = cache / "phantoms" / recipe
-    with _alone(target):
-        make_phantoms(target, spec)
+    make_phantoms(target, spec)
     return target
 
 
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Runs that begin at once make a folder of the cache once.
+    """Runs that begin at once import once.
 
     Where no lock can be had, whoever writes the folder says why.
     """
