@@ -152,7 +152,7 @@ class Double:
         )
         answer = AnswerStatement(
             study=task.study, plan=task.plan, run=task.run, round=task.round, site=task.site,
-            task=hashlib.sha256(sealed).hexdigest(), payload=payload.sha256, size=payload.size,
+            task=hashlib.sha256(sealed).hexdigest(), payload=payload.digest, size=payload.size,
             code="", log_seq=task.log_seq, log_head=task.log_head, own_seq=0, own_head="0" * 64,
             issued=int(time.time()),
         )  # fmt: skip

@@ -158,7 +158,7 @@ def seal_answer(
     task = peek(TaskStatement, sealed)
     facts = {
         "study": task.study, "plan": task.plan, "run": task.run, "round": task.round,
-        "site": task.site, "task": hashlib.sha256(sealed).hexdigest(), "payload": payload.sha256,
+        "site": task.site, "task": hashlib.sha256(sealed).hexdigest(), "payload": payload.digest,
         "size": payload.size, "code": code, "log_seq": task.log_seq, "log_head": task.log_head,
         "own_seq": 0, "own_head": "0" * 64, "issued": int(time.time()),
     }  # fmt: skip
@@ -185,7 +185,7 @@ class Site:
     def answer(self, desk: Desk, sealed: bytes) -> bool:
         task = peek(TaskStatement, sealed)
         sent = desk.payload_for(self.name, task.payload)
-        assert (sent.sha256, sent.size) == (task.payload, task.size)
+        assert (sent.digest, sent.size) == (task.payload, task.size)
         inbox = self.folder.path.parent / f"{self.name}.in"
         inbox.write_bytes(bytes_of(sent))
         code = self.refuses(task)

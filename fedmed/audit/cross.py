@@ -220,7 +220,7 @@ def _check_same(
     """A line is what another log tells of it: the same exchange (``which``) with the same file."""
     if any(entry.get(name) != told.get(name) for name in which):
         raise _not_there(party, entry, statement, told)
-    for name in ("bytes", "sha256"):
+    for name in ("bytes", "blake3"):
         if entry.get(name) != told.get(name):
             raise AuditError(
                 f"{party.line(entry)}: has {name} {entry.get(name)}, but {statement.where} has "

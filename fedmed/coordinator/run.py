@@ -146,7 +146,7 @@ class StudyRun:
             self._forget(task.round, recycle=self._averages)
         self._log.append(
             "task-issued", run=task.run, round=task.round, site=task.site, bytes=task.size,
-            sha256=task.payload, told_seq=task.log_seq,
+            blake3=task.payload, told_seq=task.log_seq,
         )  # fmt: skip
 
     def _forget(self, round_: int, *, recycle: bool = False) -> None:

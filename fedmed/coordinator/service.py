@@ -94,7 +94,7 @@ class StudyService:
             log.append(
                 "answer-refused-by-site" if statement.code else "answer-received",
                 run=statement.run, round=statement.round, site=statement.site,
-                bytes=statement.size, sha256=statement.payload, code=statement.code or None,
+                bytes=statement.size, blake3=statement.payload, code=statement.code or None,
                 site_seq=statement.own_seq, site_head=statement.own_head,
             )  # fmt: skip
 

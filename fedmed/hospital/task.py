@@ -132,7 +132,7 @@ class Work:
         task = self.task
         self.audit.append(
             "answer-sealed", run=task.run, round=task.round, bytes=payload.size,
-            sha256=payload.sha256, code=code or None,
+            blake3=payload.digest, code=code or None,
         )  # fmt: skip
         seq, head = self.audit.position
         statement = AnswerStatement(
@@ -142,7 +142,7 @@ class Work:
             round=task.round,
             site=task.site,
             task=hashlib.sha256(self.sealed).hexdigest(),
-            payload=payload.sha256,
+            payload=payload.digest,
             size=payload.size,
             code=code,
             log_seq=task.log_seq,
@@ -173,7 +173,7 @@ def receive(folder: HospitalFolder, audit: AuditLog, sealed: bytes) -> Work:
         raise LocalFault(error.problem, error.remedy) from error
     audit.append(
         "task-received", run=statement.run, round=statement.round, bytes=statement.size,
-        sha256=statement.payload, coordinator_seq=statement.log_seq,
+        blake3=statement.payload, coordinator_seq=statement.log_seq,
         coordinator_head=statement.log_head,
     )  # fmt: skip
     return Work(folder, audit, statement, sealed, _refused(folder, statement))

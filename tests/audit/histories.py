@@ -163,7 +163,7 @@ class World:
                     yield
                     main.log.append(
                         "task-issued", run=run.name, round=number, site=site, bytes=1000 + number,
-                        sha256=payload, told_seq=seq,
+                        blake3=payload, told_seq=seq,
                     )  # fmt: skip
                 asked.append(main.tasks[key])
                 yield
@@ -241,13 +241,13 @@ class World:
                 continue
             log.append(
                 "task-received", run=task.run, round=task.round, bytes=1000 + task.round,
-                sha256=task.payload, coordinator_seq=task.seq, coordinator_head=task.head,
+                blake3=task.payload, coordinator_seq=task.seq, coordinator_head=task.head,
             )  # fmt: skip
             yield
             answer = yield from self._answer(site, task)
             log.append(
                 "answer-sealed", run=task.run, round=task.round, bytes=answer["bytes"],
-                sha256=answer["sha256"], code=answer["code"],
+                blake3=answer["blake3"], code=answer["code"],
             )  # fmt: skip
             answer["site_seq"], answer["site_head"] = log.position
             yield
@@ -271,7 +271,7 @@ class World:
         yield
         return {
             **facts, "site": site.name, "bytes": 2000 + task.round,
-            "sha256": sha("payload", self.clock if code else about, site.name), "code": code,
+            "blake3": sha("payload", self.clock if code else about, site.name), "code": code,
         }  # fmt: skip
 
     def _deliver(self, site: Site, task: Task, answer: dict):

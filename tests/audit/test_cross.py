@@ -231,17 +231,17 @@ def other(event, **changes):
 
 FAULTS = {
     "task left out by the coordinator": (left_out("task-issued"), r"is not the task of run demo-1"),
-    "other task at the coordinator": (other("task-issued", sha256="0" * 64), "has sha256 000"),
+    "other task at the coordinator": (other("task-issued", blake3="0" * 64), "has blake3 000"),
     "other size at the coordinator": (other("task-issued", bytes=7), "has bytes 7"),
     "other site at the coordinator": (other("task-issued", site="b"), "is not the task"),
     "answer left out by the coordinator": (left_out("answer-received"), "but of no answer"),
-    "other answer at the coordinator": (other("answer-received", sha256="0" * 64), r"has 0{64};"),
+    "other answer at the coordinator": (other("answer-received", blake3="0" * 64), r"has 0{64};"),
     "update as a refusal": (other("answer-received", code="paused"), "is not the answer"),
     "task left out by the site": (left_out("task-received"), "does not show before it"),
-    "other task at the site": (other("task-received", sha256="0" * 64), r"has 0{64};"),
+    "other task at the site": (other("task-received", blake3="0" * 64), r"has 0{64};"),
     "other line at the site": (other("task-received", coordinator_seq=3), "line 4: has hash"),
     "answer left out by the site": (left_out("answer-sealed"), "is not the answer"),
-    "other answer at the site": (other("answer-sealed", sha256="0" * 64), "has sha256 000"),
+    "other answer at the site": (other("answer-sealed", blake3="0" * 64), "has blake3 000"),
     "other round at the site": (other("answer-sealed", round=9), "is not the answer"),
 }
 

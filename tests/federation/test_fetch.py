@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from io import BytesIO
 from pathlib import Path
@@ -14,9 +13,10 @@ from fedmed.federation.link import intake
 from fedmed.federation.link.client import SiteLink
 from fedmed.federation.link.connection import Address, Identity
 from fedmed.federation.link.inbox import SPARE
+from fedmed.hashing import PayloadHash
 
 CONTENT = random.Random(1).randbytes(5000)
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
+DIGEST = PayloadHash(CONTENT).hexdigest()
 
 
 class Killed(BaseException):
@@ -70,7 +70,7 @@ def names(path):
 
 
 def test_payload_is_whole_and_the_old_file_is_gone(path, tmp_path):
-    Source(tmp_path).fetch(SHA256, 5000, path)
+    Source(tmp_path).fetch(DIGEST, 5000, path)
     assert path.read_bytes() == CONTENT
     assert names(path) == ["payload"]
 
@@ -79,8 +79,8 @@ def test_what_came_is_not_fetched_again(path, tmp_path):
     source = Source(tmp_path, 1000, 700)
     for _ in range(2):
         with pytest.raises(Unreachable):
-            source.fetch(SHA256, 5000, path)
-    source.fetch(SHA256, 5000, path)
+            source.fetch(DIGEST, 5000, path)
+    source.fetch(DIGEST, 5000, path)
     assert source.asked == [0, 1000, 1700]
     assert path.read_bytes() == CONTENT
     assert names(path) == ["payload"]
@@ -90,8 +90,8 @@ def test_coordinator_that_does_not_continue(path, tmp_path):
     source = Source(tmp_path, 1000, status=200)
     for _ in range(2):
         with pytest.raises(Unreachable):
-            source.fetch(SHA256, 5000, path)
-    source.fetch(SHA256, 5000, path)
+            source.fetch(DIGEST, 5000, path)
+    source.fetch(DIGEST, 5000, path)
     assert source.asked == [0, 1000, 0]
     assert path.read_bytes() == CONTENT
 
@@ -111,8 +111,8 @@ def test_old_content_never_passes_for_what_came(path, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", mortal)
         with pytest.raises(Killed):
-            Source(tmp_path, 1000, dies=True).fetch(SHA256, 5000, path)
-    Source(tmp_path).fetch(SHA256, 5000, path)
+            Source(tmp_path, 1000, dies=True).fetch(DIGEST, 5000, path)
+    Source(tmp_path).fetch(DIGEST, 5000, path)
     assert path.read_bytes() == CONTENT
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import random
 import threading
 from io import BytesIO
@@ -17,7 +16,7 @@ from fedmed.federation.link.spool import keep_answer
 from fedmed.hashing import PayloadHash
 
 CONTENT = random.Random(2).randbytes(5000)
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
+DIGEST = PayloadHash(CONTENT).hexdigest()
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +57,7 @@ class Disk(BytesIO):
 def test_content_is_written_and_hashed():
     file, digest = BytesIO(), PayloadHash()
     assert take_in(Source().readinto, 5000, file, digest) == 5000
-    assert (file.getvalue(), digest.hexdigest()) == (CONTENT, SHA256)
+    assert (file.getvalue(), digest.hexdigest()) == (CONTENT, DIGEST)
 
 
 def test_nothing_is_read_beyond_the_size():
@@ -72,7 +71,7 @@ def test_nothing_is_read_beyond_the_size():
 def test_small_sizes(size):
     file, digest = BytesIO(), PayloadHash()
     assert take_in(Source().readinto, size, file, digest) == size
-    assert digest.hexdigest() == hashlib.sha256(CONTENT[:size]).hexdigest()
+    assert digest.hexdigest() == PayloadHash(CONTENT[:size]).hexdigest()
 
 
 def test_source_that_ends_early():
@@ -120,24 +119,24 @@ def test_reading_waits_for_a_slow_disk():
 
 
 def test_answer_is_kept_under_its_hash(tmp_path):
-    keep_answer(tmp_path, SHA256, 5000, Source())
-    assert [p.name for p in tmp_path.iterdir()] == [SHA256]
-    assert (tmp_path / SHA256).read_bytes() == CONTENT
+    keep_answer(tmp_path, DIGEST, 5000, Source())
+    assert [p.name for p in tmp_path.iterdir()] == [DIGEST]
+    assert (tmp_path / DIGEST).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
-    ("source", "sha256", "status"),
+    ("source", "digest", "status"),
     [
-        (Source(CONTENT[:4000]), SHA256, 400),
-        (Source(breaks=4000), SHA256, 400),
+        (Source(CONTENT[:4000]), DIGEST, 400),
+        (Source(breaks=4000), DIGEST, 400),
         (Source(), "0" * 64, 422),
-        (Source(CONTENT[:-1] + b"x"), SHA256, 422),
+        (Source(CONTENT[:-1] + b"x"), DIGEST, 422),
     ],
     ids=["broken off", "reset", "other hash", "last byte"],
 )
-def test_answer_that_is_not_what_was_signed_is_not_kept(tmp_path, source, sha256, status):
+def test_answer_that_is_not_what_was_signed_is_not_kept(tmp_path, source, digest, status):
     with pytest.raises(LinkRefused) as refused:
-        keep_answer(tmp_path, sha256, 5000, source)
+        keep_answer(tmp_path, digest, 5000, source)
     assert refused.value.status == status
     assert list(tmp_path.iterdir()) == []
 
@@ -148,6 +147,6 @@ def test_answer_that_the_disk_has_no_room_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fedmed.federation.link.spool.take_in", full)
     with pytest.raises(LinkRefused) as refused:
-        keep_answer(tmp_path, SHA256, 5000, Source())
+        keep_answer(tmp_path, DIGEST, 5000, Source())
     assert refused.value.status == 507
     assert list(tmp_path.iterdir()) == []

@@ -112,10 +112,10 @@ def test_payload_is_there_again_after_a_restart(bench):
     bench.folder.shelf.clear()  # what a process takes with it
     assert not bench.desk.lies_out(payload)
     with pytest.raises(LinkRefused, match="not ready") as refused:
-        bench.desk.payload_for("a", payload.sha256)
+        bench.desk.payload_for("a", payload.digest)
     assert refused.value.status == 503
     list(bench.grid().push_messages(bench.requests()))
-    again = bench.desk.payload_for("a", payload.sha256)
+    again = bench.desk.payload_for("a", payload.digest)
     assert bytes_of(again) == bytes_of(payload)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import struct
@@ -24,6 +23,7 @@ from fedmed.federation.link import outgoing, payload
 from fedmed.federation.link.outgoing import Payload, Shelf
 from fedmed.federation.link.payload import check_payload, make_payload, read_payload
 from fedmed.federation.messages import ViewArray
+from fedmed.hashing import PayloadHash
 
 KEYS = st.text(min_size=1, max_size=12).filter(lambda k: k != "__metadata__")
 VALUES = st.sampled_from(sorted(DTYPES)).flatmap(
@@ -76,8 +76,8 @@ def test_message_survives_its_file(path, no_sync, arrays, config, metrics):
     written = write_payload(path, content)
     assert plain(read_payload(path)) == plain(content)
     assert written.size == path.stat().st_size
-    assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert check_payload(path, written.sha256)
+    assert written.digest == PayloadHash(path.read_bytes()).hexdigest()
+    assert check_payload(path, written.digest)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -120,7 +120,7 @@ def test_same_message_is_the_same_bytes():
     arrays = {"b": np.ones(2, np.float32), "a": np.ones(3, np.int64)}
     one = make_payload(content_of(arrays, {"x": 1}))
     two = make_payload(content_of(dict(reversed(arrays.items())), {"x": 1}))
-    assert (one.sha256, bytes_of(one)) == (two.sha256, bytes_of(two))
+    assert (one.digest, bytes_of(one)) == (two.digest, bytes_of(two))
 
 
 def test_message_goes_on_from_any_byte(monkeypatch):
@@ -166,11 +166,11 @@ def test_shelf_holds_one_round():
     one, two, next_round = (Payload.of((text,)) for text in (b"one", b"two", b"next"))
     shelf.put("run", 1, one)
     shelf.put("run", 1, two)
-    assert (shelf.get(one.sha256), shelf.get(two.sha256)) == (one, two)
+    assert (shelf.get(one.digest), shelf.get(two.digest)) == (one, two)
     shelf.put("run", 2, next_round)
-    assert (shelf.get(one.sha256), shelf.get(next_round.sha256)) == (None, next_round)
+    assert (shelf.get(one.digest), shelf.get(next_round.digest)) == (None, next_round)
     shelf.clear()
-    assert shelf.get(next_round.sha256) is None
+    assert shelf.get(next_round.digest) is None
 
 
 def test_arrays_are_views_that_nobody_can_write(path):
@@ -228,7 +228,7 @@ def test_damaged_file_is_refused_or_holds_what_it_says(path):
         if damaged == whole:
             continue
         path.write_bytes(damaged)
-        assert not check_payload(path, written.sha256)
+        assert not check_payload(path, written.digest)
         try:
             content = read_payload(path)
         except UpdateRejected:

@@ -108,7 +108,7 @@ class SiteLink:
         """Have a new certificate enrolled. Raises as :meth:`task` does."""
         self._request("/v1/key", certificate)
 
-    def fetch(self, sha256: str, size: int, path: Path) -> None:
+    def fetch(self, digest: str, size: int, path: Path) -> None:
         """Get a payload into a file; what an earlier try got is not fetched again.
 
         It is written over a file ``SPARE`` beside it, if there is one.
@@ -119,31 +119,31 @@ class SiteLink:
             Otherwise as :meth:`task`.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{sha256}.part")
+        part = path.with_name(f".{digest}.part")
         if part.exists() and part.stat().st_size > size:
             part.unlink()
         with to_go_on(part) as file:
-            found = self._fetch_rest(file, sha256, size)
-        if found != sha256:
+            found = self._fetch_rest(file, digest, size)
+        if found != digest:
             part.unlink()
             raise TrustError("the task's payload is not what was signed", "it is fetched again")
         part.replace(path)
 
-    def _fetch_rest(self, file: BinaryIO, sha256: str, size: int) -> str:
+    def _fetch_rest(self, file: BinaryIO, digest: str, size: int) -> str:
         """Append what an earlier try did not get.
 
         Returns:
             The hash of both.
         """
         start = file.tell()
-        digest = PayloadHash()
+        passing = PayloadHash()
         file.seek(0)
         for first in range(0, start, PIECE):
-            digest.update(file.read(min(PIECE, start - first)))
+            passing.update(file.read(min(PIECE, start - first)))
         if start == size:
-            return digest.hexdigest()
+            return passing.hexdigest()
         headers = {"Range": f"bytes={start}-"} if start else {}
-        response = self._send("GET", f"/v1/payload/{sha256}", headers)
+        response = self._send("GET", f"/v1/payload/{digest}", headers)
         if start and response.status != 206:
             self.close()
             file.seek(0)
@@ -154,10 +154,10 @@ class SiteLink:
                 return response.readinto(buffer)
 
         rest = size - start
-        if take_in(read_into, rest, file, digest) < rest or self._read(response, 1):
+        if take_in(read_into, rest, file, passing) < rest or self._read(response, 1):
             self.close()
             raise Unreachable("the payload broke off", "it goes on from there")
-        return digest.hexdigest()
+        return passing.hexdigest()
 
     def answer(self, sealed: bytes, payload: Payload) -> int:
         """Bring an answer.

@@ -68,23 +68,23 @@ class Desk:
                 return None
             self._store.wait(before, min(rest, 1.0))
 
-    def payload_for(self, site: str, sha256: str) -> Payload:
+    def payload_for(self, site: str, digest: str) -> Payload:
         """What goes with a task that waits for this site.
 
         Raises:
             LinkRefused: the site has no such task, or it is not laid out yet.
         """
         row = self._store.open_task(site)
-        if row is None or row.payload != sha256:
+        if row is None or row.payload != digest:
             raise LinkRefused(404, "no task of yours has this payload", "ask for a task")
-        payload = self._shelf.get(sha256)
+        payload = self._shelf.get(digest)
         if payload is None:  # a coordinator that has just been started again
             raise LinkRefused(503, "the payload is not ready", "try again later")
         return payload
 
     def lies_out(self, payload: Payload) -> bool:
         """Whether a payload is still wanted: its round goes on."""
-        return self._shelf.get(payload.sha256) is payload
+        return self._shelf.get(payload.digest) is payload
 
     def take_answer(self, site: str, sealed: bytes, body: Body, length: int) -> bool:
         """Check and keep an answer; one that comes twice counts once.

@@ -188,7 +188,7 @@ class LinkGrid(Grid):
             run=self._run_name,
             round=round_of(message),
             site=site,
-            payload=payload.sha256,
+            payload=payload.digest,
             size=payload.size,
             issued=now,
             expires=now + int(self._patience) + _LATE,
@@ -200,7 +200,7 @@ class LinkGrid(Grid):
         identifier = hashlib.sha256(sealed).hexdigest()
         new = TaskRow(
             id=identifier, run=statement.run, round=statement.round, site=site, statement=sealed,
-            payload=payload.sha256, delivered=0, answer=None, answered=None,
+            payload=payload.digest, delivered=0, answer=None, answered=None,
         )  # fmt: skip
         row = self._store.issue(new, lambda old: _stands(old, now + int(self._patience)))
         if row is new:

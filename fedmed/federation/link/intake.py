@@ -21,7 +21,7 @@ _BUFFERS: Final = 4  # of every transfer that is under way
 
 
 def take_in(
-    read_into: Callable[[memoryview], int], size: int, file: BinaryIO, digest: PayloadHash
+    read_into: Callable[[memoryview], int], size: int, file: BinaryIO, passing: PayloadHash
 ) -> int:
     """Move ``size`` bytes from the network to a file, and hash them.
 
@@ -42,7 +42,7 @@ def take_in(
     def keep(piece: memoryview, before: Future[None] | None) -> None:
         if before is not None:
             before.result()
-        digest.update(piece)
+        passing.update(piece)
         file.write(piece)
 
     came = 0

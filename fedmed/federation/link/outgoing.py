@@ -17,12 +17,12 @@ class Payload:
 
     Attributes:
         parts: the bytes, end to end.
-        sha256: of all of them, as :mod:`fedmed.hashing` makes it.
+        digest: of all of them, as :mod:`fedmed.hashing` makes it.
         size: in bytes.
     """
 
     parts: tuple[memoryview, ...] = field(repr=False)
-    sha256: str
+    digest: str
     size: int
 
     @classmethod
@@ -56,12 +56,12 @@ class Shelf:
             if self._round != (run, round_):
                 self._round = (run, round_)
                 self._payloads.clear()
-            self._payloads[payload.sha256] = payload
+            self._payloads[payload.digest] = payload
 
-    def get(self, sha256: str) -> Payload | None:
+    def get(self, digest: str) -> Payload | None:
         """The payload with this hash, if it lies here."""
         with self._lock:
-            return self._payloads.get(sha256)
+            return self._payloads.get(digest)
 
     def clear(self) -> None:
         """Let go of all of them."""

@@ -73,10 +73,10 @@ def read_payload(path: Path) -> RecordDict:
     return content
 
 
-def check_payload(path: Path, sha256: str) -> bool:
+def check_payload(path: Path, digest: str) -> bool:
     """Whether a file is there and has this hash."""
     try:
-        return hash_file(path) == sha256
+        return hash_file(path) == digest
     except OSError:
         return False
 

@@ -23,7 +23,7 @@ class Body(Protocol):
         """Fill a buffer as far as it can; 0 at the end."""
 
 
-def keep_answer(spool: Path, sha256: str, size: int, body: Body) -> None:
+def keep_answer(spool: Path, digest: str, size: int, body: Body) -> None:
     """Write an answer's content while it comes.
 
     Raises:
@@ -37,16 +37,16 @@ def keep_answer(spool: Path, sha256: str, size: int, body: Body) -> None:
             return 0
 
     temporary = spool / f"{_COMING}{uuid.uuid4().hex}"
-    digest = PayloadHash()
+    passing = PayloadHash()
     try:
         spool.mkdir(parents=True, exist_ok=True)
         with _opened(spool, temporary) as file:
-            if take_in(arriving, size, file, digest) < size:
+            if take_in(arriving, size, file, passing) < size:
                 raise LinkRefused(400, "the answer broke off", "send it again")
             file.truncate()
-        if digest.hexdigest() != sha256:
+        if passing.hexdigest() != digest:
             raise LinkRefused(422, "the answer's content is not what was signed", "send it again")
-        temporary.replace(spool / sha256)
+        temporary.replace(spool / digest)
     except OSError as error:
         raise LinkRefused(
             507, f"the coordinator cannot keep the answer ({error.strerror})", "try again later"
