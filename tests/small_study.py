@@ -186,6 +186,7 @@ class Site:
         task = peek(TaskStatement, sealed)
         sent = desk.payload_for(self.name, task.payload)
         assert (sent.digest, sent.size) == (task.payload, task.size)
+        assert desk.may_send(sent, sent.size)
         inbox = self.folder.path.parent / f"{self.name}.in"
         inbox.write_bytes(bytes_of(sent))
         code = self.refuses(task)

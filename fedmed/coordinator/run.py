@@ -15,9 +15,9 @@ from fedmed.federation.files import write_atomic
 from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.payload import check_payload
 from fedmed.federation.link.rows import RunState, SiteState
-from fedmed.federation.link.spool import drop_answers
+from fedmed.federation.link.spool import drop_answers, keep_only
 from fedmed.federation.server_app import run_server_app
-from fedmed.federation.state import BackgroundCheckpoints, ServerState
+from fedmed.federation.state import LateCheckpoints, ServerState
 from fedmed.federation.strategies import STRATEGIES, make_strategy
 from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek
@@ -53,14 +53,19 @@ class StudyRun:
             QuorumNotMet, FederationError, CheckpointError: it cannot go on for now.
         """
         plan = self._plan
-        checkpoints = BackgroundCheckpoints(self._path / "checkpoints", plan.sha256())
+        checkpoints = LateCheckpoints(self._path / "checkpoints", plan.sha256())
 
         def begin() -> ServerState:
             state = checkpoints.latest() or ServerState(0, self._folder.initial())
+            keep_only(self._folder.spool(self._run), self._answers())
             self._store.set_run(self._run, RunState.RUNNING, round_=state.round, error="")
             self._log.append("run-begun", run=self._run, round=state.round)
             self._check_answers(state.round + 1)
             return state
+
+        def settle() -> None:
+            checkpoints.settle()
+            self._forget(self._issuing)
 
         nodes = self._nodes()
         strategy = make_strategy(
@@ -80,8 +85,7 @@ class StudyRun:
         )
         grid = LinkGrid(
             self._run, self._store, nodes, self._issuer(), self._folder.shelf,
-            self._folder.spool(self._run), plan.round_deadline, self._stop, checkpoints.settle,
-            self._issued,
+            self._folder.spool(self._run), plan.round_deadline, self._stop, settle, self._issued,
         )  # fmt: skip
         with checkpoints:
             final = run_server_app(
@@ -139,25 +143,24 @@ class StudyRun:
         )
 
     def _issued(self, task: TaskStatement) -> None:
-        if task.round != self._issuing:
-            # Its predecessors' weights are in a checkpoint by now.
-            self._issuing = task.round
-            # Where only their mean is in those, nothing shows what the answers' files hold.
-            self._forget(task.round, recycle=self._averages)
+        self._issuing = task.round
         self._log.append(
             "task-issued", run=task.run, round=task.round, site=task.site, bytes=task.size,
             blake3=task.payload, told_seq=task.log_seq,
         )  # fmt: skip
 
-    def _forget(self, round_: int, *, recycle: bool = False) -> None:
-        """Drop answers that no restart can come back to."""
+    def _forget(self, round_: int) -> None:
+        """Drop the answers of rounds that no restart can come back to."""
+        before = self._answers()
         self._store.forget_tasks(self._run, round_)
-        needed = {
-            peek(AnswerStatement, t.answer).payload
-            for t in self._store.tasks(self._run)
-            if t.answer
-        }
-        drop_answers(self._folder.spool(self._run), needed, recycle=recycle)
+        # Where only their mean is in checkpoints, nothing shows what the answers' files hold.
+        spool, old = self._folder.spool(self._run), before - self._answers()
+        drop_answers(spool, old, recycle=self._averages)
+
+    def _answers(self) -> set[str]:
+        """Hashes of the answers that are kept."""
+        tasks = self._store.tasks(self._run)
+        return {peek(AnswerStatement, t.answer).payload for t in tasks if t.answer}
 
     def _check_answers(self, round_: int) -> None:
         """Ask again for what the open round lacks: refusals, and answers torn by a crash."""
@@ -194,4 +197,5 @@ class StudyRun:
         write_result(self._path, self._run, self._plan, state, spent)
         self._store.set_run(self._run, RunState.FINISHED, round_=state.round)
         self._log.append("run-finished", run=self._run, sha256=state.released.sha256())
-        self._forget(state.round + 2)  # the figures' round too
+        self._store.forget_tasks(self._run, state.round + 2)  # the figures' round too
+        keep_only(self._folder.spool(self._run), self._answers())

@@ -218,6 +218,7 @@ class Coordinator:
                     f"fewer than federation.min_sites={self._plan.min_sites} sites are connected",
                     "start the missing sites or lower federation.min_sites",
                 )
+            self._checkpoints.settle()  # while there is nothing else to do
             time.sleep(0.2)
 
     def _collect(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +92,9 @@ class Checkpoints:
             else:
                 old.replace(self._over)
 
+    def settle(self) -> None:
+        """Return once every saved state is on disk: here it always is."""
+
     def latest(self) -> ServerState | None:
         """Newest readable checkpoint, or None if there is none at all.
 
@@ -148,34 +150,33 @@ class Checkpoints:
         return sorted(p for p in self._folder.iterdir() if _NAME.fullmatch(p.name))
 
 
-class BackgroundCheckpoints(Checkpoints):
-    """Checkpoints that are written beside what comes next, as far as that may go.
+class LateCheckpoints(Checkpoints):
+    """Checkpoints that are written when they have to be there, beside what may come before.
 
-    Nothing may be asked of anybody on the strength of a state before :meth:`settle` has returned:
-    then it is on disk. Meanwhile a third file is kept, which the next one is written over. A
-    context manager; leaving it settles too.
+    Nobody may be able to act on a state before :meth:`settle` has returned: then it is on disk. A
+    third file is kept, which the next one is written over. A context manager; leaving it settles
+    too.
     """
 
     def __init__(self, folder: Path, plan: str) -> None:
         super().__init__(folder, plan)
         self._over = folder / _SPARE
-        self._writer: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._waits: ServerState | None = None
 
     def save(self, state: ServerState) -> None:
-        """Begin to write one file; a fault of the one before it shows here."""
+        """Hold a state for :meth:`settle`."""
         self.settle()
-        self._writer = self._thread.submit(super().save, state)
+        self._waits = state
 
     def settle(self) -> None:
-        """Wait until the last state is on disk.
+        """Write the last state, if that is still to be done.
 
         Raises:
-            CheckpointError: as :meth:`Checkpoints.save`.
+            CheckpointError: as :meth:`Checkpoints.save`; it is not tried again.
         """
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.result()
+        state, self._waits = self._waits, None
+        if state is not None:
+            super().save(state)
 
     def __enter__(self) -> Self:
         return self
@@ -187,7 +188,6 @@ class BackgroundCheckpoints(Checkpoints):
             with suppress(CheckpointError) if error else nullcontext():
                 self.settle()
         finally:
-            self._thread.shutdown()
             (self._folder / _SPARE).unlink(missing_ok=True)
 
 

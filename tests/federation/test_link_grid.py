@@ -13,6 +13,7 @@ from small_study import NODES, PARAMS, RUN, Bench, numbers
 
 from fedmed.errors import CheckpointError, LinkRefused, RunStopped
 from fedmed.federation import messages
+from fedmed.federation.link import desk as desk_module
 from fedmed.federation.link import grid as grid_module
 from fedmed.federation.link.grid import CONNECTED
 from fedmed.federation.link.payload import make_payload
@@ -87,20 +88,33 @@ def test_what_is_the_same_for_all_is_hashed_once(bench, monkeypatch):
     assert len(made) == 2
 
 
-def test_nothing_is_issued_before_its_state_is_on_disk(bench):
+@pytest.fixture
+def no_patience(monkeypatch):
+    monkeypatch.setattr(desk_module, "_LONGEST_HOLD", 0.0)
+
+
+@pytest.mark.usefixtures("no_patience")
+def test_nobody_gets_a_payload_whole_before_its_state_is_on_disk(bench):
+    """All but its end may go before; that it must wait is known from its first byte on."""
+
+    def may_send():
+        payload = bench.desk.payload_for("a", bench.store.tasks(RUN)[0].payload)
+        return [bench.desk.may_send(payload, end) for end in (1, payload.size - 1, payload.size)]
+
+    seen = []
+    list(bench.grid(settle=lambda: seen.append(may_send())).push_messages(bench.requests()))
+    assert seen == [[True, True, False]]
+    assert may_send() == [True, True, True]
+
     def full():
         raise CheckpointError("cannot write x", "free space")
 
+    bench.store.set_run(RUN, round_=1)
     with pytest.raises(CheckpointError):
-        list(bench.grid(settle=full).push_messages(bench.requests()))
-    assert bench.store.tasks(RUN) == ()
-    waited = []
-    list(
-        bench.grid(settle=lambda: waited.append(bench.store.tasks(RUN))).push_messages(
-            bench.requests()
-        )
-    )
-    assert waited[0] == ()
+        list(bench.grid(settle=full).push_messages(bench.requests(round_=2)))
+    assert bench.store.tasks(RUN)[0].round == 1
+    payload = bench.folder.shelf.get(bench.store.open_task("a").payload)
+    assert not bench.desk.may_send(payload, payload.size)
 
 
 def test_payload_is_there_again_after_a_restart(bench):
@@ -108,9 +122,9 @@ def test_payload_is_there_again_after_a_restart(bench):
     list(bench.grid().push_messages(bench.requests()))
     sealed = bench.desk.task_for("a", "waiting", 0, threading.Event())
     payload = bench.desk.payload_for("a", peek(TaskStatement, sealed).payload)
-    assert bench.desk.lies_out(payload)
+    assert bench.desk.may_send(payload, 1)
     bench.folder.shelf.clear()  # what a process takes with it
-    assert not bench.desk.lies_out(payload)
+    assert not bench.desk.may_send(payload, 1)
     with pytest.raises(LinkRefused, match="not ready") as refused:
         bench.desk.payload_for("a", payload.digest)
     assert refused.value.status == 503

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -171,6 +172,34 @@ def test_shelf_holds_one_round():
     assert (shelf.get(one.digest), shelf.get(next_round.digest)) == (None, next_round)
     shelf.clear()
     assert shelf.get(next_round.digest) is None
+
+
+def test_shelf_holds_back_a_round_until_it_is_released():
+    shelf = Shelf()
+    one, other, next_round = (Payload.of((text,)) for text in (b"one", b"other", b"next"))
+    shelf.put("run", 1, one)
+    assert not shelf.may_end(one, 0)
+    shelf.release()
+    shelf.put("run", 1, other)  # of the same state
+    assert shelf.may_end(one, 0)
+    assert shelf.may_end(other, 0)
+    shelf.put("run", 2, next_round)
+    assert not shelf.may_end(next_round, 0)
+    shelf.release()
+    assert not shelf.may_end(one, 0)
+    shelf.clear()
+    assert not shelf.may_end(next_round, 0)
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_who_waits_for_the_end_is_told_at_once(released):
+    shelf, payload, found = Shelf(), Payload.of((b"one",)), []
+    shelf.put("run", 1, payload)
+    thread = threading.Thread(target=lambda: found.append(shelf.may_end(payload, 60)))
+    thread.start()
+    (shelf.release if released else shelf.clear)()
+    thread.join(30)
+    assert found == [released]
 
 
 def test_arrays_are_views_that_nobody_can_write(path):

@@ -25,6 +25,8 @@ from fedmed.errors import (
     TrustError,
     Unreachable,
 )
+from fedmed.federation.link import desk as desk_module
+from fedmed.federation.link import outgoing as outgoing_module
 from fedmed.federation.link import store as store_module
 from fedmed.federation.link.client import SiteLink
 from fedmed.federation.link.connection import Address
@@ -543,6 +545,45 @@ def test_no_round_is_lost_by_a_new_key(world, monkeypatch):
     assert len(world.store.certificates("a")) == 1
     assert world.agent.trained[:3] == [1, 2, 3]
     assert "answer-not-taken" not in world.events()
+
+
+def test_work_begins_once_the_state_before_it_is_on_disk(world, monkeypatch):
+    """What is fetched meanwhile lacks its end, and is gone on with when that takes too long."""
+    certificate, key, _ = world.folder.tls
+    listener = Listener("127.0.0.1", 0, certificate, key, world.store, world.desk)
+    listener.start()
+    monkeypatch.setattr(desk_module, "_LONGEST_HOLD", 0.2)
+    monkeypatch.setattr(outgoing_module, "PIECE", 64)
+    monkeypatch.setattr(service_module, "_FIRST_WAIT", 0.01)
+
+    def connect(folder):
+        return SiteLink(Address("127.0.0.1", listener.port), folder.identity)
+
+    def settle():
+        time.sleep(1)
+        inbox = world.site.state / "inbox"
+        came.extend(p.stat().st_size for p in inbox.glob(".*.part"))
+        trained.extend(world.agent.trained)
+
+    came, trained = [], []
+    service = SiteService(world.site, world.phases, connect)
+    thread = threading.Thread(target=service.join)
+    try:
+        thread.start()
+        world.store.set_run(RUN, round_=0)
+        list(world.grid(settle=settle).push_messages(world.requests()))
+        end = time.monotonic() + 30
+        while world.answered() is None:
+            assert time.monotonic() < end, world.phases
+            time.sleep(0.01)
+    finally:
+        service.stop()
+        thread.join(30)
+        listener.close()
+    payload = world.folder.shelf.get(world.store.tasks(RUN)[0].payload)
+    assert came == [payload.size - len([*payload.pieces()][-1])]
+    assert (trained, world.agent.trained) == ([], [1])
+    assert ("offline", True) in [(p, "broke off" in why) for p, why in world.phases]
 
 
 def test_an_idle_client_stops_at_once(world):

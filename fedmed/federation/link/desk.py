@@ -17,6 +17,7 @@ from fedmed.trust import certificates
 from fedmed.trust.statements import AnswerStatement, TaskStatement, peek, unseal
 
 _LONGEST_POLL: Final = 25.0
+_LONGEST_HOLD: Final = 30.0  # a site gives a silent connection up after a minute
 _MOST_KEYS: Final = 4  # certificates of one site in force at once
 _SLACK: Final = 1 << 20  # bytes an answer's file may have beyond its arrays
 
@@ -82,8 +83,13 @@ class Desk:
             raise LinkRefused(503, "the payload is not ready", "try again later")
         return payload
 
-    def lies_out(self, payload: Payload) -> bool:
-        """Whether a payload is still wanted: its round goes on."""
+    def may_send(self, payload: Payload, end: int) -> bool:
+        """Whether a payload's bytes up to ``end`` may go to a site, after a wait if need be.
+
+        Not if its round is over: a slow caller must not keep old weights in memory.
+        """
+        if end == payload.size:
+            return self._shelf.may_end(payload, _LONGEST_HOLD)
         return self._shelf.get(payload.digest) is payload
 
     def take_answer(self, site: str, sealed: bytes, body: Body, length: int) -> bool:

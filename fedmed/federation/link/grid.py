@@ -62,7 +62,7 @@ class LinkGrid(Grid):
         spool: folder of the answers' payloads.
         patience: seconds a task may take, as sites are told.
         stop: set when the process is to end.
-        settle: returns once what a task is based on is on disk; a site that has begun a round
+        settle: returns once what the tasks are based on is on disk; a site that has begun a round
             never goes back to the one before.
         on_issue: told of each task that is issued for the first time.
     """
@@ -132,8 +132,14 @@ class LinkGrid(Grid):
         return sorted(node for node, site in self._nodes.items() if site in connected)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Issue messages as signed tasks; sites come for them."""
-        return [self._issue(message) for message in messages]
+        """Issue messages as signed tasks; sites come for them.
+
+        They get the end of what they fetch once its base is on disk.
+        """
+        issued = [self._issue(message) for message in messages]
+        self._settle()
+        self._shelf.release()
+        return issued
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Answers that have come to the named messages; the others are left out."""
@@ -179,7 +185,6 @@ class LinkGrid(Grid):
     def _issue(self, message: Message) -> str:
         site = self._nodes[message.metadata.dst_node_id]
         payload = self._payload(message)
-        self._settle()
         now = int(time.time())
         seq, head = self._issuer.log_head()
         statement = TaskStatement(

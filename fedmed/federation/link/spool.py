@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
@@ -55,22 +55,26 @@ def keep_answer(spool: Path, digest: str, size: int, body: Body) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def drop_answers(spool: Path, needed: Collection[str], *, recycle: bool) -> None:
-    """Drop all answers but some.
+def drop_answers(spool: Path, digests: Iterable[str], *, recycle: bool) -> None:
+    """Drop answers that nobody reads any more.
 
     Args:
         recycle: write the next round's answers over them: pages that hold a file cost less than
-            new ones. Nobody may read them any more.
+            new ones.
     """
-    for path in spool.glob("[!.]*"):
-        if path.name in needed:
-            continue
+    for digest in digests:
+        path = spool / digest
         if recycle:
-            path.replace(spool / f"{_SPARE}{uuid.uuid4().hex}")
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(spool / f"{_SPARE}{uuid.uuid4().hex}")
         else:
             path.unlink(missing_ok=True)
-    if not recycle:
-        for path in spool.glob(f"{_SPARE}*"):
+
+
+def keep_only(spool: Path, digests: Collection[str]) -> None:
+    """Drop all but some answers and what is on its way; for when no task is open."""
+    for path in (*spool.glob("[!.]*"), *spool.glob(f"{_SPARE}*")):
+        if path.name not in digests:
             path.unlink(missing_ok=True)
 
 

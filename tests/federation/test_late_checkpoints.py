@@ -1,8 +1,7 @@
-"""Checkpoints that are written beside the round: what is asked for waits until they are on disk."""
+"""Checkpoints that are written when they have to be there: no earlier, and never later."""
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,7 @@ from small_study import numbers
 
 from fedmed.errors import CheckpointError
 from fedmed.federation import state as state_module
-from fedmed.federation.state import BackgroundCheckpoints, Checkpoints, ServerState
+from fedmed.federation.state import Checkpoints, LateCheckpoints, ServerState
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 
@@ -24,23 +23,20 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_state_is_on_disk_once_it_has_settled(tmp_path, monkeypatch):
-    go_on, begun = threading.Event(), threading.Event()
-    write = state_module.save_arrays
+def test_state_is_on_disk_once_it_has_settled(tmp_path):
+    def on_disk():
+        state = Checkpoints(tmp_path, "plan").latest()
+        return state and state.round
 
-    def slow(*given, **options):
-        begun.set()
-        assert go_on.wait(10)
-        write(*given, **options)
-
-    monkeypatch.setattr(state_module, "save_arrays", slow)
-    with BackgroundCheckpoints(tmp_path, "plan") as checkpoints:
+    with LateCheckpoints(tmp_path, "plan") as checkpoints:
         checkpoints.save(states(1)[0])
-        assert begun.wait(10)  # and here something else goes on
-        assert Checkpoints(tmp_path, "plan").latest() is None
-        go_on.set()
+        assert on_disk() is None
         checkpoints.settle()
-        assert Checkpoints(tmp_path, "plan").latest().round == 0
+        assert on_disk() == 0
+        checkpoints.save(states(2)[1])
+        checkpoints.save(states(3)[2])  # the one before is not lost
+        assert on_disk() == 1
+    assert on_disk() == 2
 
 
 def test_files_are_the_same_as_those_written_at_once(tmp_path):
@@ -48,7 +44,7 @@ def test_files_are_the_same_as_those_written_at_once(tmp_path):
     made = states(6)
     made[3] = replace(made[3], strategy={"m": np.arange(900.0)})
     plain = Checkpoints(tmp_path / "plain", "plan")
-    with BackgroundCheckpoints(tmp_path / "beside", "plan") as beside:
+    with LateCheckpoints(tmp_path / "beside", "plan") as beside:
         for state in made:
             plain.save(state)
             beside.save(state)
@@ -65,7 +61,7 @@ def test_full_disk_shows_when_it_settles_and_spares_the_last_two(tmp_path, monke
     def full(*_, **__):
         raise CheckpointError("cannot write x", "free space")
 
-    with BackgroundCheckpoints(tmp_path, "plan") as checkpoints:
+    with LateCheckpoints(tmp_path, "plan") as checkpoints:
         for state in states(4):
             checkpoints.save(state)
         checkpoints.settle()
@@ -82,7 +78,7 @@ def test_fault_is_not_lost_at_the_end(tmp_path, monkeypatch):
         raise CheckpointError("cannot write x", "free space")
 
     monkeypatch.setattr(state_module, "save_arrays", full)
-    with pytest.raises(CheckpointError), BackgroundCheckpoints(tmp_path, "plan") as checkpoints:
+    with pytest.raises(CheckpointError), LateCheckpoints(tmp_path, "plan") as checkpoints:
         checkpoints.save(states(1)[0])
 
 
@@ -91,7 +87,7 @@ def test_fault_does_not_hide_another(tmp_path, monkeypatch):
         raise CheckpointError("cannot write x", "free space")
 
     def killed():
-        with BackgroundCheckpoints(tmp_path, "plan") as checkpoints:
+        with LateCheckpoints(tmp_path, "plan") as checkpoints:
             checkpoints.save(states(1)[0])
             raise KeyError
 
