@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import random
-import threading
 from io import BytesIO
 
 import pytest
@@ -95,27 +94,6 @@ def test_nothing_follows_a_write_that_failed(full_at):
     with pytest.raises(OSError, match="full"):
         take_in(Source().readinto, 5000, disk, PayloadHash())
     assert disk.getvalue() == CONTENT[:full_at]
-
-
-def test_reading_waits_for_a_slow_disk():
-    """Memory is bounded: no more is read than the buffers hold."""
-    going, read = threading.Event(), []
-
-    class Slow(BytesIO):
-        def write(self, piece):
-            assert going.wait(10)
-            return super().write(piece)
-
-    def read_into(buffer):
-        read.append(count := source.readinto(buffer))
-        if len(read) == 4:
-            threading.Timer(0.2, lambda: (seen.append(len(read)), going.set())).start()
-        return count
-
-    source, file, seen = Source(), Slow(), []
-    take_in(read_into, 5000, file, PayloadHash())
-    assert seen == [4]
-    assert file.getvalue() == CONTENT
 
 
 def test_answer_is_kept_under_its_hash(tmp_path):

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from fedmed import __version__
 from fedmed.errors import LinkError, LinkRefused, TrustError, Unreachable
+from fedmed.federation.files import PIECE
 from fedmed.federation.link.connection import (
     TELLS,
     Address,
@@ -26,7 +27,7 @@ from fedmed.federation.link.connection import (
     translated,
 )
 from fedmed.federation.link.inbox import to_go_on
-from fedmed.federation.link.intake import PIECE, take_in
+from fedmed.federation.link.intake import take_in
 from fedmed.federation.link.outgoing import Payload
 from fedmed.hashing import PayloadHash
 from fedmed.trust.statements import MOST
