@@ -139,10 +139,6 @@ class StudyFolder:
         """Answers' payloads of one run."""
         return self.run_folder(run) / "spool"
 
-    def spools(self) -> tuple[Path, ...]:
-        """Those of all runs."""
-        return tuple((self.path / "runs").glob("*/spool"))
-
     def initial(self) -> PackedArrays:
         """The study's initial weights. Raises CheckpointError."""
         return read_weights(self.path / "initial.safetensors")

@@ -15,7 +15,7 @@ from fedmed.federation.files import write_atomic
 from fedmed.federation.link.grid import Issuer, LinkGrid
 from fedmed.federation.link.payload import check_payload
 from fedmed.federation.link.rows import RunState, SiteState
-from fedmed.federation.link.spool import drop_answers, keep_only
+from fedmed.federation.link.spool import drop_answers, keep_only, kept
 from fedmed.federation.server_app import run_server_app
 from fedmed.federation.state import LateCheckpoints, ServerState
 from fedmed.federation.strategies import STRATEGIES, make_strategy
@@ -57,7 +57,6 @@ class StudyRun:
 
         def begin() -> ServerState:
             state = checkpoints.latest() or ServerState(0, self._folder.initial())
-            keep_only(self._folder.spool(self._run), self._answers())
             self._store.set_run(self._run, RunState.RUNNING, round_=state.round, error="")
             self._log.append("run-begun", run=self._run, round=state.round)
             self._check_answers(state.round + 1)
@@ -151,16 +150,11 @@ class StudyRun:
 
     def _forget(self, round_: int) -> None:
         """Drop the answers of rounds that no restart can come back to."""
-        before = self._answers()
-        self._store.forget_tasks(self._run, round_)
-        # Where only their mean is in checkpoints, nothing shows what the answers' files hold.
-        spool, old = self._folder.spool(self._run), before - self._answers()
-        drop_answers(spool, old, recycle=self._averages)
-
-    def _answers(self) -> set[str]:
-        """Hashes of the answers that are kept."""
         tasks = self._store.tasks(self._run)
-        return {peek(AnswerStatement, t.answer).payload for t in tasks if t.answer}
+        self._store.forget_tasks(self._run, round_)
+        old = kept(t for t in tasks if t.round < round_)
+        # Where only their mean is in checkpoints, nothing shows what the answers' files hold.
+        drop_answers(self._folder.spool(self._run), old, recycle=self._averages)
 
     def _check_answers(self, round_: int) -> None:
         """Ask again for what the open round lacks: refusals, and answers torn by a crash."""
@@ -198,4 +192,4 @@ class StudyRun:
         self._store.set_run(self._run, RunState.FINISHED, round_=state.round)
         self._log.append("run-finished", run=self._run, sha256=state.released.sha256())
         self._store.forget_tasks(self._run, state.round + 2)  # the figures' round too
-        keep_only(self._folder.spool(self._run), self._answers())
+        keep_only(self._folder.spool(self._run), kept(self._store.tasks(self._run)))

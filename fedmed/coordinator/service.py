@@ -24,7 +24,7 @@ from fedmed.errors import (
 from fedmed.federation.link.desk import Desk
 from fedmed.federation.link.listener import Listener
 from fedmed.federation.link.rows import RunState
-from fedmed.federation.link.spool import drop_torn
+from fedmed.federation.link.spool import drop_torn, keep_only, kept
 from fedmed.trust.statements import AnswerStatement
 
 _TICK: Final = 0.5  # seconds between looks for an operator's wishes
@@ -115,8 +115,10 @@ class StudyService:
             replaced,
         )
         certificate, key, _ = folder.tls
-        for spool in folder.spools():
+        for row in self._store.runs():
+            spool = folder.spool(row.run)
             drop_torn(spool)
+            keep_only(spool, kept(self._store.tasks(row.run)))
         try:
             listener = Listener(
                 settings.listen, settings.port, certificate, key, self._store, desk

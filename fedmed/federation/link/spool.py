@@ -10,7 +10,9 @@ from typing import BinaryIO, Final, Protocol
 
 from fedmed.errors import LinkRefused
 from fedmed.federation.link.intake import take_in
+from fedmed.federation.link.rows import TaskRow
 from fedmed.hashing import PayloadHash
+from fedmed.trust.statements import AnswerStatement, peek
 
 _SPARE: Final = ".spare-"  # begins the names of files to be written over
 _COMING: Final = ".coming-"  # and of answers that are on their way
@@ -72,10 +74,15 @@ def drop_answers(spool: Path, digests: Iterable[str], *, recycle: bool) -> None:
 
 
 def keep_only(spool: Path, digests: Collection[str]) -> None:
-    """Drop all but some answers and what is on its way; for when no task is open."""
+    """Drop all but some answers and what is on its way; none may be open."""
     for path in (*spool.glob("[!.]*"), *spool.glob(f"{_SPARE}*")):
         if path.name not in digests:
             path.unlink(missing_ok=True)
+
+
+def kept(tasks: Iterable[TaskRow]) -> set[str]:
+    """Hashes of the answers to some tasks."""
+    return {peek(AnswerStatement, t.answer).payload for t in tasks if t.answer}
 
 
 def drop_torn(spool: Path) -> None:
