@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sqlite3
 import sys
@@ -23,6 +22,7 @@ from fedmed.errors import TrustError
 from fedmed.federation.link.exchange import Exchange
 from fedmed.federation.link.payload import read_payload
 from fedmed.federation.messages import refusal_of, task_config, to_array_record
+from fedmed.hashing import PayloadHash
 from fedmed.hospital.agent import open_agent
 from fedmed.hospital.folder import HospitalFolder
 from fedmed.hospital.task import Work, receive
@@ -101,7 +101,7 @@ class Attacker:
         now = int(time.time())
         honest = TaskStatement(
             study=self.plan.study, plan=self.plan.sha256(), run=self.run, round=3,
-            site=self.site.kit.site, payload=hashlib.sha256(payload).hexdigest(),
+            site=self.site.kit.site, payload=PayloadHash(payload).hexdigest(),
             size=len(payload), issued=now, expires=now + 3600, log_seq=7, log_head="0" * 64,
             signer=certificates.pem(self.folder.signer).decode(),
         )  # fmt: skip

@@ -22,6 +22,7 @@ from fedmed.federation.link.client import SiteLink
 from fedmed.federation.link.connection import Address, Identity
 from fedmed.federation.link.outgoing import Payload
 from fedmed.federation.link.payload import make_payload, read_payload
+from fedmed.hashing import PayloadHash
 from fedmed.hospital.folder import make_identity
 from fedmed.trust import certificates
 from fedmed.trust.keys import SigningKey
@@ -108,7 +109,7 @@ class Site:
         honest = AnswerStatement(
             study=asked.study, plan=asked.plan, run=asked.run, round=asked.round, site=asked.site,
             task=hashlib.sha256(given.sealed).hexdigest(),
-            payload=hashlib.sha256(content).hexdigest(), size=len(content), code="",
+            payload=PayloadHash(content).hexdigest(), size=len(content), code="",
             log_seq=asked.log_seq, log_head=asked.log_head, own_seq=1, own_head="0" * 64,
             issued=int(time.time()),
         )  # fmt: skip
