@@ -1,9 +1,9 @@
 """SHA-256 of files, which any tool can check; BLAKE3 of payloads, which may be gigabytes.
 
 Every payload is hashed four times a round, and nothing of an answer may be sent before its hash is
-in the log. SHA-256 of a gigabyte takes half a second, as long as to encrypt and send it; BLAKE3
-(O'Connor, Aumasson, Neves, Wilcox-O'Hearn 2020) takes a fourth to a third of that on one core, and
-several cores can share the work.
+in the log. SHA-256 of a gigabyte takes half a second, half as long as to send it; BLAKE3 (O'Connor,
+Aumasson, Neves, Wilcox-O'Hearn 2020) takes about a third of that on one core, and several cores can
+share the work.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def measure(
     bench: Bench, modes: Sequence[str], arguments: argparse.Namespace
 ) -> dict[str, Measured]:
     """All that is asked for on one network."""
-    with kept_memory():  # as in a local round, and for every mode alike
+    with kept_memory():  # as in a run, and for every mode alike
         results = laps(bench, modes, arguments.laps)
     for mode, result in results.items():
         if result.step is None:

@@ -151,7 +151,7 @@ class Checkpoints:
 
 
 class LateCheckpoints(Checkpoints):
-    """Checkpoints that are written when they have to be there, beside what may come before.
+    """Checkpoints that are written as late as they may be, so that other work need not wait.
 
     Nobody may be able to act on a state before :meth:`settle` has returned: then it is on disk. A
     third file is kept, which the next one is written over. A context manager; leaving it settles

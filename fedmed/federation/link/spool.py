@@ -74,7 +74,7 @@ def drop_answers(spool: Path, digests: Iterable[str], *, recycle: bool) -> None:
 
 
 def keep_only(spool: Path, digests: Collection[str]) -> None:
-    """Drop all but some answers and what is on its way; none may be open."""
+    """Drop all but some answers and what is on its way; for when nobody can answer any task."""
     for path in (*spool.glob("[!.]*"), *spool.glob(f"{_SPARE}*")):
         if path.name not in digests:
             path.unlink(missing_ok=True)
