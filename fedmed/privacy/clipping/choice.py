@@ -21,7 +21,6 @@ from fedmed.privacy.clipping.outer import WeightGradient, squared_norms, weighte
 
 _LAPS: Final = 5
 _LONG: Final = 0.05  # seconds beyond which one run is enough
-_FRESH: Final = 1.25  # kept gradients lie in memory that is new in each step, but not in each lap
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,26 @@ class Chooser:
 
     def __init__(self, force: Way | None = None) -> None:
         self._force = force
-        self._best: dict[Hashable, tuple[Way, int]] = {}  # and for how many units last
+        self._best: dict[Hashable, Way] = {}
+        self._seen: dict[Hashable, Way] = {}  # the same, by the exact number of units
 
     def choose(self, gradient: WeightGradient, *, may_defer: bool) -> Way:
         """The way for one weight; one that keeps gradients unless the sum may be deferred."""
-        bucket = math.ceil(math.log2(gradient.layout.units) / 2)
-        per_unit = gradient.layout.spans[-1].per_unit
+        units, per_unit = gradient.layout.units, gradient.layout.spans[-1].per_unit
         device = gradient.inputs.device.type
-        key = (gradient.key, bucket, per_unit, may_defer, device, torch.get_num_threads())
-        way, units = self._best.get(key, (None, 0))
-        if way is None or (units != gradient.layout.units and not _offered(way, gradient)):
+        key = (gradient.key, per_unit, may_defer, device, torch.get_num_threads())
+        way = self._seen.get((units, key))
+        if way is None:
+            way = self._seen[units, key] = self._of_like(gradient, key, may_defer=may_defer)
+        return way
+
+    def _of_like(self, gradient: WeightGradient, key: Hashable, *, may_defer: bool) -> Way:
+        """What was measured for a number of units of this order, if it is open to this one."""
+        order = math.ceil(math.log2(gradient.layout.units) / 2)
+        way = self._best.get((order, key))
+        if way is None or not _offered(way, gradient):
             way = self._forced(gradient, may_defer) or _measure(gradient, may_defer)
-        self._best[key] = way, gradient.layout.units
+            self._best[order, key] = way
         return way
 
     def _forced(self, gradient: WeightGradient, may_defer: bool) -> Way | None:
@@ -78,7 +85,7 @@ def _offered(way: Way, gradient: WeightGradient) -> bool:
 def _measure(gradient: WeightGradient, may_defer: bool) -> Way:
     forms, grams = gradient.forms(), gradient.grams()
     kept = gradient.layout.units * gradient.size * gradient.dtype.itemsize
-    keep = list(forms) if not may_defer or kept <= gradient.may_exceed * gradient.held else []
+    keep = forms if not may_defer or kept <= gradient.may_exceed * gradient.held else []
     defer: list[str] = []
     if may_defer:
         defer = [*grams, *(forms if kept > gradient.held or not keep else ())]
@@ -91,11 +98,11 @@ def _measure(gradient: WeightGradient, may_defer: bool) -> Way:
 
     for norms in keep:
         seconds = _seconds(partial(_norm_and_sum, gradient, norms), best())
-        tried.append((seconds * _FRESH, Way(norms, None)))
+        tried.append((seconds, Way(norms, None)))
     if defer:
         ones = _ones(gradient)
         last, sums = min(
-            (_seconds(partial(run, ones)), way) for way, run in gradient.sums().items()
+            (_seconds(partial(gradient.weighted_sum, way, ones)), way) for way in gradient.sums()
         )
         for norms in defer:
             seconds = _seconds(partial(gradient.squared_norms, norms), best() - last)

@@ -7,25 +7,31 @@ two change places, and everything else is the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from fedmed.privacy.clipping.layout import Layout, Span
-from fedmed.privacy.clipping.outer import WeightGradient, gram_norms, inner_products, product
+from fedmed.privacy.clipping.outer import (
+    WeightGradient,
+    added,
+    gram_norms,
+    inner_products,
+    product,
+)
 from fedmed.privacy.clipping.patches import (
     Geometry,
-    columns,
+    patches,
     pixels_by_unit,
     shifted_sums,
-    turned_columns,
 )
 
-_SMALL: Final = 1 << 22  # bytes of columns that no network notices
-_CACHE: Final = 1 << 20  # bytes that a core of a CPU keeps at hand
+_SMALL: Final = 1 << 23  # bytes of patches that no network notices
 _BLOCK: Final = 16  # channels that oneDNN lays side by side, be they there or not
 
 
@@ -60,25 +66,19 @@ class ConvolutionGradient(WeightGradient):
         """See :attr:`WeightGradient.size`."""
         return math.prod(self._geometry.weight)
 
-    def forms(self) -> Mapping[str, Callable[[Span], Tensor]]:
+    def forms(self) -> Sequence[str]:
         """See :meth:`WeightGradient.forms`."""
-        ways = {"loop": self._loop}
+        ways = ["loop"]
         geometry = self._geometry
-        q, p, *kernel = geometry.weight
+        p = geometry.weight[1]
         blocks = self.layout.units * self.size * max(1, _BLOCK // p) * self.inputs.itemsize
         if p >= _BLOCK or blocks <= self._room:
-            ways["grouped"] = self._grouped
-        pointwise = math.prod(kernel) == 1
-        dense = set(geometry.stride) == {1} and not any(geometry.output_padding)
-        if geometry.groups == 1:
-            if pointwise or self._columns_bytes(self.outputs, p) <= self._room:
-                ways["unfold"] = self._unfold_products
-            fewer = dense and q < p and not pointwise
-            if fewer and self._columns_bytes(self.inputs, q) <= self._room:
-                ways["unfold outputs"] = self._unfold_outputs
+            ways.append("grouped")
+        if geometry.groups == 1 and self._patch_bytes <= self._room:
+            ways.append("unfold")
         return ways
 
-    def grams(self) -> Mapping[str, Callable[[Span], Tensor]]:
+    def grams(self) -> Sequence[str]:
         """See :meth:`WeightGradient.grams`."""
         geometry = self._geometry
         fold = len(self.inputs) // self.layout.samples
@@ -91,19 +91,21 @@ class ConvolutionGradient(WeightGradient):
         gradient = worst * out * p * q * k // geometry.groups
         unfolded = (worst * out) ** 2 * (q + p * k)
         pixels = (worst * inside) ** 2 * p + (worst * out) ** 2 * (q + geometry.groups * k)
-        ways: dict[str, Callable[[Span], Tensor]] = {}
+        ways = []
         if unfolded <= 2 * gradient:
-            ways["gram"] = self._gram
+            ways.append("gram")
         if k > 1 and pixels <= 2 * gradient:
-            ways["pixel gram"] = self._pixel_gram
+            ways.append("pixel gram")
         return ways
 
-    def sums(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    def sums(self) -> Sequence[str]:
         """See :meth:`WeightGradient.sums`."""
-        ways = {"convolution": self._weighted_convolution}
+        ways = ["convolution"]
         positions = len(self.outputs) * math.prod(self.outputs.shape[2:])
-        if self._geometry.groups == 1 and positions < 8 * self._geometry.weight[0]:
-            ways["unfold"] = self._weighted_unfolded
+        q, *rest = self._geometry.weight
+        small = positions * math.prod(rest) * self.inputs.itemsize <= self._room
+        if self._geometry.groups == 1 and (small or positions < 8 * q):
+            ways.append("unfold")
         return ways
 
     def _weighted_convolution(self, factors: Tensor) -> Tensor:
@@ -112,8 +114,8 @@ class ConvolutionGradient(WeightGradient):
     def _weighted_unfolded(self, factors: Tensor) -> Tensor:
         """One product for the whole batch: libraries are slow where images are tiny."""
         inputs, outputs = self.scaled(factors)
-        patches = columns(inputs, 1, self._geometry, outputs.shape[2:])[0]
-        return (pixels_by_unit(outputs, 1)[0] @ patches.t()).view(self._geometry.weight)
+        seen = patches(inputs, 1, self._geometry, outputs.shape[2:])[0]
+        return self._in_order(pixels_by_unit(outputs, 1)[0] @ seen).contiguous()
 
     def _rows(self, span: Span) -> tuple[Tensor, Tensor, int]:
         fold = len(self.inputs) // self.layout.samples
@@ -144,61 +146,49 @@ class ConvolutionGradient(WeightGradient):
 
     @property
     def _room(self) -> int:
-        """Bytes that columns may take."""
+        """Bytes that patches may take."""
         return max(self.held, _SMALL)
 
     @property
-    def _at_once(self) -> int:
-        """Bytes of columns that go into one product: the CPU's caches should still have them."""
-        return self._room if self.inputs.is_cuda else _CACHE * torch.get_num_threads()
-
-    def _columns_bytes(self, positions: Tensor, channels: int) -> int:
-        """Of the columns of the largest unit, with one for each pixel of ``positions``."""
+    def _patch_bytes(self) -> int:
+        """Of the patches of the largest unit; a kernel of one pixel needs none."""
+        _, p, *kernel = self._geometry.weight
+        if math.prod(kernel) == 1:
+            return 0
         worst = max(span.per_unit for span in self.layout.spans)
-        pixels = positions[0, 0].numel() * len(positions) // self.layout.samples * worst
-        return pixels * channels * math.prod(self._geometry.kernel) * positions.itemsize
+        positions = self.outputs[0, 0].numel() * len(self.outputs) // self.layout.samples * worst
+        return positions * p * math.prod(kernel) * self.inputs.itemsize
 
     def _unfold_products(self, span: Span) -> Tensor:
-        q, p, *kernel = self._geometry.weight
-        result = self.inputs.new_empty((span.units, q, p * math.prod(kernel)))
-        # A kernel of one pixel is its own column.
-        each = 0 if math.prod(kernel) == 1 else self._columns_bytes(self.outputs, p)
-        for portion in self._portions(span, each, self._at_once):
+        q, *rest = self._geometry.weight
+        result = self.inputs.new_empty((span.units, q, math.prod(rest)))
+        for portion in self._portions(span, self._patch_bytes, self._room):
             inputs, outputs, _ = self._rows(portion)
-            patches = columns(inputs, portion.units, self._geometry, outputs.shape[2:])
             torch.bmm(
                 pixels_by_unit(outputs, portion.units),
-                patches.transpose(1, 2),
+                patches(inputs, portion.units, self._geometry, outputs.shape[2:]),
                 out=result[portion.unit - span.unit :][: portion.units],
             )
-        return result.view(span.units, *self._geometry.weight)
+        return self._in_order(result)
 
-    def _unfold_outputs(self, span: Span) -> Tensor:
-        """Patches of outputs instead: cheaper where they have fewer channels; at stride 1."""
+    def _in_order(self, products: Tensor) -> Tensor:
+        """``[*, q, k * p]``, as patches have it, as ``[*, q, p, *k]``."""
         q, p, *kernel = self._geometry.weight
-        result = self.inputs.new_empty((span.units, q * math.prod(kernel), p))
-        each = self._columns_bytes(self.inputs, q)
-        for portion in self._portions(span, each, self._at_once):
-            inputs, outputs, _ = self._rows(portion)
-            torch.bmm(
-                turned_columns(outputs, portion.units, self._geometry, inputs.shape[2:]),
-                pixels_by_unit(inputs, portion.units).transpose(1, 2),
-                out=result[portion.unit - span.unit :][: portion.units],
-            )
-        return result.view(span.units, q, *kernel, p).movedim(-1, 2)
+        last = products.ndim + len(kernel) - 1
+        return products.view(*products.shape[:-2], q, *kernel, p).movedim(last, -1 - len(kernel))
 
     def _gram(self, span: Span) -> Tensor:
         inputs, outputs, _ = self._rows(span)
         groups = self._geometry.groups
         norms = [
             gram_norms(
-                columns(a, span.units, self._geometry, b.shape[2:]).transpose(1, 2),
+                patches(a, span.units, self._geometry, b.shape[2:]),
                 pixels_by_unit(b, span.units).transpose(1, 2),
                 self.dtype,
             )
             for a, b in zip(inputs.chunk(groups, 1), outputs.chunk(groups, 1), strict=True)
         ]
-        return torch.stack(norms).sum(0)
+        return added(norms)
 
     def _pixel_gram(self, span: Span) -> Tensor:
         """The Gram matrix of patches as a sum of shifted Gram matrices of pixels: no unfolding."""
@@ -208,7 +198,7 @@ class ConvolutionGradient(WeightGradient):
             self._pixel_gram_norms(a, b, span.units, each)
             for a, b in zip(inputs.chunk(groups, 1), outputs.chunk(groups, 1), strict=True)
         ]
-        return torch.stack(norms).sum(0)
+        return added(norms)
 
     def _pixel_gram_norms(self, inputs: Tensor, outputs: Tensor, units: int, each: int) -> Tensor:
         pixels = pixels_by_unit(inputs, units)
@@ -220,12 +210,28 @@ class ConvolutionGradient(WeightGradient):
         other = product(gradients.transpose(1, 2), gradients, self.dtype)
         return inner_products(gram.view(other.shape), other)
 
+    FORMS = MappingProxyType(
+        {
+            "loop": _loop,
+            "grouped": _grouped,
+            "unfold": _unfold_products,
+        }
+    )
+    GRAMS = MappingProxyType({"gram": _gram, "pixel gram": _pixel_gram})
+    SUMS = MappingProxyType({"convolution": _weighted_convolution, "unfold": _weighted_unfolded})
+
 
 def weight_gradient(inputs: Tensor, outputs: Tensor, geometry: Geometry) -> Tensor:
     """The correlation of ``inputs`` with ``outputs``, summed over rows; the weight's shape."""
     x, gradient = (outputs, inputs) if geometry.transposed else (inputs, outputs)
-    weight = inputs.new_empty(1).expand(geometry.weight)  # only its shape is read
+    weight = _shape_alone(geometry.weight, inputs.dtype, inputs.device)
     result: Tensor = torch.ops.aten.convolution_backward.default(
         gradient, x, weight, None, *geometry.arguments, [False, True, False]
     )[1]
     return result
+
+
+@lru_cache(maxsize=1024)
+def _shape_alone(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A weight of which nothing but its shape is read."""
+    return torch.empty(1, dtype=dtype, device=device).expand(shape)

@@ -67,6 +67,8 @@ class Layout:
     def spread(self, values: Tensor, rows: int) -> Tensor:
         """Give each of ``rows`` rows its unit's value: ``[units]`` to ``[rows]``."""
         fold = rows // self.samples
+        if rows == self.units:
+            return values
         parts = [
             values[span.unit_slice].repeat_interleave(span.per_unit * fold) for span in self.spans
         ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,21 +39,21 @@ class LinearGradient(WeightGradient):
         """See :attr:`WeightGradient.size`."""
         return self.inputs.shape[2] * self.outputs.shape[2]
 
-    def forms(self) -> Mapping[str, Callable[[Span], Tensor]]:
+    def forms(self) -> Sequence[str]:
         """See :meth:`WeightGradient.forms`."""
-        return {"products": self._products}
+        return ["products"]
 
-    def grams(self) -> Mapping[str, Callable[[Span], Tensor]]:
+    def grams(self) -> Sequence[str]:
         """See :meth:`WeightGradient.grams`."""
         each = self.inputs.shape[1] * max(span.per_unit for span in self.layout.spans)
         # Multiply-adds: a Gram matrix far dearer than the gradient itself is not tried.
         if each * (self.inputs.shape[2] + self.outputs.shape[2]) > 2 * self.size:
-            return {}
-        return {"gram": self._gram}
+            return []
+        return ["gram"]
 
-    def sums(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    def sums(self) -> Sequence[str]:
         """See :meth:`WeightGradient.sums`."""
-        return {"product": self._weighted}
+        return ["product"]
 
     def _weighted(self, factors: Tensor) -> Tensor:
         inputs, outputs = self.scaled(factors)
@@ -70,6 +71,10 @@ class LinearGradient(WeightGradient):
 
     def _gram(self, span: Span) -> Tensor:
         return gram_norms(*self._factors(span), self.dtype)
+
+    FORMS = MappingProxyType({"products": _products})
+    GRAMS = MappingProxyType({"gram": _gram})
+    SUMS = MappingProxyType({"product": _weighted})
 
 
 class _Linear(torch.autograd.Function):

@@ -35,7 +35,7 @@ class _GroupNorm(torch.autograd.Function):
         rows, channels = x.shape[:2]
         y: Tensor
         y, mean, rstd = torch.native_group_norm(
-            x, weight, bias, rows, channels, x[0, 0].numel(), groups, eps
+            x, weight, bias, rows, channels, x.numel() // (rows * channels), groups, eps
         )
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.groups, ctx.tape, ctx.slots = groups, tape, slots
@@ -50,12 +50,12 @@ class _GroupNorm(torch.autograd.Function):
         through, scale, shift = torch.ops.aten.native_group_norm_backward.default(
             gradient.contiguous(),
             x,
-            mean.view(1, -1),
-            rstd.view(1, -1),
+            mean,
+            rstd,
             None if weight is None else weight.expand(rows, channels).reshape(-1),
             1,
             rows * channels,
-            x[0, 0].numel(),
+            x.numel() // (rows * channels),
             rows * ctx.groups,
             [ctx.needs_input_grad[0], True, True],
         )

@@ -15,9 +15,9 @@ Which is cheapest depends on the shapes (mixed ghost clipping, Bu et al. 2022, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
-from typing import Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -39,9 +39,15 @@ class WeightGradient(ABC):
 
     Attributes:
         may_exceed: formed gradients are kept up to this many times the memory of the factors.
+        FORMS: ways to form the gradients of a span, ``[units, *shape]``, by name.
+        GRAMS: ways to the squared norms of a span, ``[units]``, without forming gradients.
+        SUMS: ways to the sum over units of factor times gradient, for factors ``[units]``.
     """
 
-    may_exceed = 1.0
+    may_exceed: ClassVar[float] = 1.0
+    FORMS: ClassVar[Mapping[str, Callable[[Any, Span], Tensor]]]
+    GRAMS: ClassVar[Mapping[str, Callable[[Any, Span], Tensor]]]
+    SUMS: ClassVar[Mapping[str, Callable[[Any, Tensor], Tensor]]]
 
     def __init__(self, layout: Layout, dtype: torch.dtype, inputs: Tensor, outputs: Tensor) -> None:
         self.layout = layout
@@ -89,32 +95,36 @@ class WeightGradient(ABC):
         """Elements of one unit's gradient."""
 
     @abstractmethod
-    def forms(self) -> Mapping[str, Callable[[Span], Tensor]]:
-        """Ways to form the gradients of a span, ``[units, *shape]``, by name."""
+    def forms(self) -> Sequence[str]:
+        """Those of ``FORMS`` that suit the shapes."""
 
     @abstractmethod
-    def grams(self) -> Mapping[str, Callable[[Span], Tensor]]:
-        """Ways to the squared norms of a span, ``[units]``, without forming gradients."""
+    def grams(self) -> Sequence[str]:
+        """Those of ``GRAMS`` that suit the shapes."""
 
     @abstractmethod
-    def sums(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """Ways to the sum over units of factor times gradient, for factors ``[units]``."""
+    def sums(self) -> Sequence[str]:
+        """Those of ``SUMS`` that suit the shapes."""
 
     def by_unit(self, way: str) -> Tensor:
         """The gradient of each unit, ``[units, *shape]``."""
-        form = self.forms()[way]
-        parts = [form(span).to(self.dtype) for span in self.layout.spans]
+        form = self.FORMS[way]
+        parts = [form(self, span).to(self.dtype) for span in self.layout.spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def weighted_sum(self, way: str, factors: Tensor) -> Tensor:
+        """The sum over units of factor times gradient, for factors ``[units]``."""
+        return self.SUMS[way](self, factors)
 
     def squared_norms(self, way: str) -> Tensor:
         """The squared norm of each unit's gradient, ``[units]``."""
-        grams = self.grams()
-        if way in grams:
-            parts = [grams[way](span).to(self.dtype) for span in self.layout.spans]
+        if way in self.GRAMS:
+            gram = self.GRAMS[way]
+            parts = [gram(self, span).to(self.dtype) for span in self.layout.spans]
         else:
-            form = self.forms()[way]
+            form = self.FORMS[way]
             parts = [
-                squared_norms(form(piece).to(self.dtype))
+                squared_norms(form(self, piece).to(self.dtype))
                 for span in self.layout.spans
                 for piece in self._portions(span, self.size * self.dtype.itemsize, self.held)
             ]
@@ -141,12 +151,14 @@ def owned(tensor: Tensor) -> Tensor:
 
 def squared_norms(gradients: Tensor) -> Tensor:
     """Squared Euclidean norm of each row of ``[units, ...]``."""
-    return row_norms(gradients.permute(_order(gradients)).flatten(1)).square_()
+    if not gradients.is_contiguous():
+        gradients = gradients.permute(_order(gradients))
+    return row_norms(gradients.flatten(1)).square_()
 
 
 def weighted_sum(gradients: Tensor, factors: Tensor) -> Tensor:
     """The sum over units of factor times gradient, ``[units, *shape]`` to ``[*shape]``."""
-    order = _order(gradients)
+    order = [*range(gradients.ndim)] if gradients.is_contiguous() else _order(gradients)
     rows = gradients.permute(order)
     total = torch.mv(rows.flatten(1).t(), factors.to(rows.dtype)).view(rows.shape[1:])
     back = sorted(range(len(order) - 1), key=lambda d: order[d + 1])
@@ -189,6 +201,11 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     return norms.total()
 
 
+def added(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape."""
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
+
+
 def _strips(a: Tensor) -> list[int]:
     """Where to cut ``[units, K, p]``: four strips need 10 blocks of 16, small ones are slow."""
     n = 1 if a.is_cuda or a.shape[1] < 32 else 2 if a.shape[1] < 128 else 4
@@ -219,5 +236,5 @@ class _Norms:
     def total(self) -> Tensor:
         """The squared norms, ``[units]``."""
         rounding = _ROUNDING * torch.finfo(self._inner[0].dtype).eps
-        most = torch.stack(self._roots).sum(0).square_()
-        return torch.stack(self._inner).sum(0).clamp_(min=0.0).add_(most, alpha=rounding)
+        most = added(self._roots).square_()
+        return added(self._inner).clamp_(min=0.0).add_(most, alpha=rounding)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -48,40 +46,27 @@ class Geometry:
         )
 
 
-def columns(images: Tensor, units: int, geometry: Geometry, out: Sequence[int]) -> Tensor:
-    """Patches under the kernel: ``[units, channels * prod(k), positions]``."""
+def patches(images: Tensor, units: int, geometry: Geometry, out: Sequence[int]) -> Tensor:
+    """What the kernel sees at each position: ``[units, positions, prod(k) * channels]``.
+
+    Channels lie innermost: where images are tiny, they are what can be copied in one go.
+    """
     if math.prod(geometry.kernel) == 1 and not any(geometry.padding):
         steps = tuple(slice(None, None, s) for s in geometry.stride)
-        return pixels_by_unit(images[(slice(None), slice(None), *steps)], units)
-    return _unfolded(images, units, geometry.padding, list(_windows(geometry, out)), out)
-
-
-def turned_columns(images: Tensor, units: int, geometry: Geometry, out: Sequence[int]) -> Tensor:
-    """The same of the correlation's outputs under the kernel turned round, at stride 1.
-
-    That is what each of the ``out`` pixels of the inputs meets.
-    """
-    sides = zip(geometry.dilation, geometry.kernel, geometry.padding, strict=True)
-    padding = [d * (k - 1) - side for d, k, side in sides]
-    return _unfolded(images, units, padding, list(_windows(geometry, out))[::-1], out)
-
-
-def _unfolded(
-    images: Tensor,
-    units: int,
-    padding: Sequence[int],
-    windows: Sequence[tuple[slice, ...]],
-    out: Sequence[int],
-) -> Tensor:
-    """``[units, channels * windows, positions]``: what each window of size ``out`` shows."""
-    padded = _padded(images, padding)
-    each, channels = len(images) // units, images.shape[1]
-    padded = padded.view(units, each, *padded.shape[1:]).transpose(1, 2)
-    views = [padded[(slice(None), slice(None), slice(None), *window)] for window in windows]
-    columns = images.new_empty((units, channels, len(views), each, *out))
-    for position, view in enumerate(views):
-        columns[:, :, position] = view
-    return columns.view(units, -1, each * math.prod(out))
+        seen = images[(slice(None), slice(None), *steps)]
+        return pixels_by_unit(seen, units).transpose(1, 2)
+    padded = _padded_channels_last(images, geometry.padding)
+    sample, *spatial, channel = padded.stride()
+    views = padded.as_strided(
+        (len(images), *out, *geometry.kernel, images.shape[1]),
+        (
+            sample,
+            *(s * step for s, step in zip(geometry.stride, spatial, strict=True)),
+            *(d * step for d, step in zip(geometry.dilation, spatial, strict=True)),
+            channel,
+        ),
+    )
+    return views.reshape(units, -1, math.prod(geometry.kernel) * images.shape[1])
 
 
 def shifted_sums(gram: Tensor, geometry: Geometry, dim: int, out: int) -> Tensor:
@@ -117,16 +102,13 @@ def pixels_by_unit(rows: Tensor, units: int) -> Tensor:
     return rows.view(units, each, *rows.shape[1:]).transpose(1, 2).flatten(2)
 
 
-def _windows(geometry: Geometry, out: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """For each offset of the kernel, the pixels of the padded input that it meets."""
-    for offset in itertools.product(*(range(k) for k in geometry.kernel)):
-        yield tuple(
-            slice(d * o, d * o + s * (t - 1) + 1, s)
-            for d, o, s, t in zip(geometry.dilation, offset, geometry.stride, out, strict=True)
-        )
-
-
-def _padded(inputs: Tensor, padding: Sequence[int]) -> Tensor:
+def _padded_channels_last(images: Tensor, padding: Sequence[int]) -> Tensor:
+    """Images as ``[samples, *S, channels]``, with zeros around."""
+    rows = images.movedim(1, -1)
     if not any(padding):
-        return inputs
-    return F.pad(inputs, [p for side in reversed(padding) for p in (side, side)])
+        return rows.contiguous()
+    sides = list(zip(images.shape[2:], padding, strict=True))
+    sizes = [size + 2 * side for size, side in sides]
+    padded = images.new_zeros((len(images), *sizes, images.shape[1]))
+    padded[(slice(None), *(slice(side, side + size) for size, side in sides))] = rows
+    return padded

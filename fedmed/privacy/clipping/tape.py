@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -29,17 +29,17 @@ class Slot:
         tensor: a trainable parameter, or something computed from parameters alone.
         is_parameter: whether it is a parameter itself.
         uses: operations that read it in the forward pass.
+        dtype: of its gradients and their norms, at least float32.
     """
 
     name: str
     tensor: Tensor
     is_parameter: bool
     uses: int = 0
+    dtype: torch.dtype = field(init=False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its gradients and their norms: at least float32."""
-        return torch.promote_types(self.tensor.dtype, torch.float32)
+    def __post_init__(self) -> None:
+        self.dtype = torch.promote_types(self.tensor.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Tape:
             sums[slot] = weighted_sum(large.pop(slot), factors)
         for slot in list(self._deferred):
             deferred = self._deferred.pop(slot)
-            sums[slot] = deferred.gradient.sums()[deferred.way](factors)
+            sums[slot] = deferred.gradient.weighted_sum(deferred.way, factors)
         return [
             sums[slot].reshape(slot.tensor.shape)
             if slot in sums

@@ -89,23 +89,19 @@ def of_convolution(size, channels=(8, 4)):
 
 
 def test_large_images_are_not_unfolded():
-    """Nine columns a channel would be the largest tensors of a step."""
-    assert {"unfold", "unfold outputs"} <= of_convolution(64).forms().keys()
-    assert not {"unfold", "unfold outputs"} & of_convolution(512).forms().keys()
+    """Nine values for each would be the largest tensors of a step."""
+    assert "unfold" in of_convolution(64).forms()
+    assert "unfold" not in of_convolution(512).forms()
 
 
-def test_columns_in_portions_give_the_same():
+def test_patches_in_portions_give_the_same():
     gradient = of_convolution(8)
-    forms = ("unfold", "unfold outputs")
-    whole = [gradient.by_unit(form) for form in forms]
+    whole = gradient.by_unit("unfold")
     with (
         mock.patch.object(choice.WeightGradient, "held", 0),
         mock.patch("fedmed.privacy.clipping.correlation._SMALL", 1),
     ):
-        for form, expected in zip(
-            (gradient._unfold_products, gradient._unfold_outputs), whole, strict=True
-        ):
-            torch.testing.assert_close(form(gradient.layout.spans[0]), expected)
+        torch.testing.assert_close(gradient.by_unit("unfold"), whole)
 
 
 def test_time_that_other_processes_take_does_not_decide(monkeypatch):
@@ -115,4 +111,4 @@ def test_time_that_other_processes_take_does_not_decide(monkeypatch):
     # On the wall what comes first takes longest.
     monkeypatch.setattr(choice.time, "perf_counter", lambda: -(2.0 ** -next(wall)))
     way = Chooser().choose(gradient, may_defer=False)
-    assert way == Way(next(iter(gradient.forms())), None)  # all worked as long: the first
+    assert way == Way(gradient.forms()[0], None)  # all worked as long: the first
