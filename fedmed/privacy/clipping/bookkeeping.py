@@ -21,8 +21,9 @@ from fedmed.errors import IncompatibleModel
 from fedmed.privacy.clipping.choice import Chooser
 from fedmed.privacy.clipping.interception import Interception
 from fedmed.privacy.clipping.layout import Layout, Piece, pieces
+from fedmed.privacy.clipping.precision import Precision, clip_factors
 from fedmed.privacy.clipping.proof import prove
-from fedmed.privacy.clipping.tape import REMEDY, Precision, Tape, clip_factors
+from fedmed.privacy.clipping.tape import REMEDY, Tape
 from fedmed.privacy.gradients import PerSampleLoss, check_network
 from fedmed.privacy.row_norms import row_norms
 
@@ -214,6 +215,7 @@ def one_pass(
                 "the network keeps no activations and runs layers again in its backward pass",
                 "switch activation checkpointing off and lower trainer.physical_batch_size",
             ) from error
+        tape.settle()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             parameter.grad = None

@@ -14,7 +14,8 @@ from fedmed.errors import IncompatibleModel
 from fedmed.privacy.clipping.correlation import ConvolutionGradient
 from fedmed.privacy.clipping.outer import owned
 from fedmed.privacy.clipping.patches import Geometry
-from fedmed.privacy.clipping.tape import REMEDY, Slot, Tape, autocast
+from fedmed.privacy.clipping.precision import autocast
+from fedmed.privacy.clipping.tape import REMEDY, Slot, Tape
 
 
 class _Convolution(torch.autograd.Function):

@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from fedmed.privacy.clipping.layout import Layout, Span
 from fedmed.privacy.clipping.outer import WeightGradient, gram_norms
-from fedmed.privacy.clipping.tape import Slot, Tape, autocast
+from fedmed.privacy.clipping.precision import autocast
+from fedmed.privacy.clipping.tape import Slot, Tape
 
 
 class LinearGradient(WeightGradient):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,8 +14,15 @@ from fedmed.errors import IncompatibleModel
 from fedmed.privacy.clipping.choice import Chooser
 from fedmed.privacy.clipping.layout import Layout
 from fedmed.privacy.clipping.outer import WeightGradient, squared_norms, weighted_sum
+from fedmed.privacy.clipping.precision import Precision, clip_factors
 
 _SMALL = 1 << 14  # gradients with fewer elements a unit are joined: one kernel for all of them
+
+# Between kernels that stream through a processor's caches the first call of each operation is up to
+# ten times as long as the next. So what is small waits until there is some of it.
+_TOGETHER: Final = 16  # layers
+_WAITING: Final = 4 << 20  # bytes of a layer's factors beyond which it does not wait
+_ROWS: Final = 1 << 18  # bytes of a gradient by row beyond which it does not wait
 
 REMEDY = "set privacy.gradients=vmap, which is slower and takes any layer"
 
@@ -40,32 +47,6 @@ class Slot:
 
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(self.tensor.dtype, torch.float32)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """In which precision products are computed.
-
-    Attributes:
-        scale: what the loss is multiplied by, so that float16 keeps small gradients.
-        margin: how far below the bound clipping stays at least, for what products may add.
-    """
-
-    scale: float
-    margin: float
-
-    @classmethod
-    def current(cls, device: torch.device) -> Precision:
-        """As autocast and the device's settings have it now."""
-        autocast = torch.is_autocast_enabled(device.type)
-        half = autocast and torch.get_autocast_dtype(device.type) == torch.float16
-        loose = device.type == "cuda" and (
-            torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-        )
-        return cls(
-            scale=2.0**10 if half else 1.0,
-            margin=2.0**-9 if autocast or loose else 0.0,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +86,8 @@ class Tape:
         self._constant_data: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         if not root.requires_grad:
             self.mark_data(root)
+        self._waiting: list[tuple[Slot, WeightGradient]] = []
+        self._rows: list[tuple[Slot, Tensor]] = []
         self._formed: dict[Slot, Tensor] = {}
         self._deferred: dict[Slot, _Deferred] = {}
 
@@ -184,10 +167,35 @@ class Tape:
 
     def add_rows(self, slot: Slot, rows: Tensor) -> None:
         """Add gradients by row, ``[samples * fold, *shape]``."""
-        self._add(slot, self.layout.sum_by_unit(rows).to(slot.dtype))
+        if rows.untyped_storage().nbytes() <= _ROWS:
+            self._rows.append((slot, rows))
+        else:
+            self._add(slot, self.layout.sum_by_unit(rows).to(slot.dtype))
 
     def defer(self, slot: Slot, gradient: WeightGradient) -> None:
         """Add a gradient that need not be formed by unit."""
+        if gradient.held > _WAITING:
+            self._settle(slot, gradient)
+            return
+        gradient.own()
+        self._waiting.append((slot, gradient))
+        if len(self._waiting) >= _TOGETHER:
+            self._settle_waiting()
+
+    def settle(self) -> None:
+        """Work off what waits. After the backward pass, before anything is read."""
+        with torch.no_grad():  # inputs of layers still know how they were computed
+            self._settle_waiting()
+            for slot, rows in self._rows:
+                self._add(slot, self.layout.sum_by_unit(rows).to(slot.dtype))
+            self._rows.clear()
+
+    def _settle_waiting(self) -> None:
+        for slot, gradient in self._waiting:
+            self._settle(slot, gradient)
+        self._waiting.clear()
+
+    def _settle(self, slot: Slot, gradient: WeightGradient) -> None:
         whole = slot.is_parameter and slot.uses == 1
         way = self._chooser.choose(gradient, may_defer=whole)
         if way.sums is None:
@@ -206,6 +214,7 @@ class Tape:
 
     def clipped_sum(self, max_norm: float) -> list[Tensor]:
         """Sum over units of the gradient clipped to ``max_norm``, one tensor a parameter."""
+        self.settle()
         self._resolve()
         with torch.no_grad():  # inputs of layers still know how they were computed
             return self._clipped_sum(max_norm)
@@ -293,22 +302,3 @@ class Tape:
             large[slot] = by_unit.masked_fill(bad.view(shape), 0.0)
         for deferred in self._deferred.values():
             deferred.gradient.forget(bad)
-
-
-def clip_factors(norm: Tensor, max_norm: float, precision: Precision) -> Tensor:
-    """What to scale each unit by: ``min(1, C / norm)``, 0 where the norm is not finite."""
-    margin = max(precision.margin, 8 * torch.finfo(norm.dtype).eps)  # a few rounding errors
-    scale = (max_norm * (1 - margin) / norm).clamp(max=1.0)
-    return torch.where(torch.isfinite(norm), scale, torch.zeros_like(norm))
-
-
-def autocast(*tensors: Tensor | None) -> list[Any]:
-    """Tensors in the type that autocast wants products to be in, if it is on."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16) else t
-        for t in tensors
-    ]
