@@ -114,9 +114,11 @@ class Bench:
         (piece,) = pieces(order, int(order[-1]) + 1, 1, len(order))
         weights = torch.from_numpy(piece.weights).to(self.device)
         with self.autocast():
-            return one_pass(
+            tape = one_pass(
                 self.network, self.loss, self.images, self.targets, weights, piece.layout, CHOOSER
             )
+        tape.settle()
+        return tape
 
     def relative_error(self, mode: str, step: Step) -> float:
         """Distance of a private mode's sum from autograd's without autocast, over its norm."""

@@ -215,7 +215,6 @@ def one_pass(
                 "the network keeps no activations and runs layers again in its backward pass",
                 "switch activation checkpointing off and lower trainer.physical_batch_size",
             ) from error
-        tape.settle()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             parameter.grad = None

@@ -45,26 +45,18 @@ class Chooser:
 
     def __init__(self, force: Way | None = None) -> None:
         self._force = force
-        self._best: dict[Hashable, Way] = {}
-        self._seen: dict[Hashable, Way] = {}  # the same, by the exact number of units
+        self._best: dict[Hashable, tuple[Way, int]] = {}  # and for how many units last
 
     def choose(self, gradient: WeightGradient, *, may_defer: bool) -> Way:
         """The way for one weight; one that keeps gradients unless the sum may be deferred."""
-        units, per_unit = gradient.layout.units, gradient.layout.spans[-1].per_unit
+        bucket = math.ceil(math.log2(gradient.layout.units) / 2)
+        per_unit = gradient.layout.spans[-1].per_unit
         device = gradient.inputs.device.type
-        key = (gradient.key, per_unit, may_defer, device, torch.get_num_threads())
-        way = self._seen.get((units, key))
-        if way is None:
-            way = self._seen[units, key] = self._of_like(gradient, key, may_defer=may_defer)
-        return way
-
-    def _of_like(self, gradient: WeightGradient, key: Hashable, *, may_defer: bool) -> Way:
-        """What was measured for a number of units of this order, if it is open to this one."""
-        order = math.ceil(math.log2(gradient.layout.units) / 2)
-        way = self._best.get((order, key))
-        if way is None or not _offered(way, gradient):
+        key = (gradient.key, bucket, per_unit, may_defer, device, torch.get_num_threads())
+        way, units = self._best.get(key, (None, 0))
+        if way is None or (units != gradient.layout.units and not _offered(way, gradient)):
             way = self._forced(gradient, may_defer) or _measure(gradient, may_defer)
-            self._best[order, key] = way
+        self._best[key] = way, gradient.layout.units
         return way
 
     def _forced(self, gradient: WeightGradient, may_defer: bool) -> Way | None:

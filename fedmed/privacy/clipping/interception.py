@@ -56,10 +56,7 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """See ``torch.overrides``."""
         kwargs = kwargs or {}
-        tape = self._tape
-        if tape.tracks(args, kwargs):
-            if args and isinstance(args[0], Tensor) and tape.is_data(args[0]) and func in RULES:
-                return RULES[func](tape, *args, **kwargs)  # as nearly all do
+        if self._tape.tracks(args, kwargs):
             return self._tracked(func, args, kwargs)
         result = func(*args, **kwargs)
         kind = type(result)

@@ -151,14 +151,12 @@ def owned(tensor: Tensor) -> Tensor:
 
 def squared_norms(gradients: Tensor) -> Tensor:
     """Squared Euclidean norm of each row of ``[units, ...]``."""
-    if not gradients.is_contiguous():
-        gradients = gradients.permute(_order(gradients))
-    return row_norms(gradients.flatten(1)).square_()
+    return row_norms(gradients.permute(_order(gradients)).flatten(1)).square_()
 
 
 def weighted_sum(gradients: Tensor, factors: Tensor) -> Tensor:
     """The sum over units of factor times gradient, ``[units, *shape]`` to ``[*shape]``."""
-    order = [*range(gradients.ndim)] if gradients.is_contiguous() else _order(gradients)
+    order = _order(gradients)
     rows = gradients.permute(order)
     total = torch.mv(rows.flatten(1).t(), factors.to(rows.dtype)).view(rows.shape[1:])
     back = sorted(range(len(order) - 1), key=lambda d: order[d + 1])
@@ -201,9 +199,9 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     return norms.total()
 
 
-def added(parts: Sequence[Tensor]) -> Tensor:
+def added(parts: list[Tensor]) -> Tensor:
     """The sum of tensors of one shape."""
-    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _strips(a: Tensor) -> list[int]:

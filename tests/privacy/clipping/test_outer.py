@@ -76,6 +76,7 @@ def test_what_waits_keeps_no_larger_tensor(norms):
     ones = torch.ones(3)
     chooser = Chooser(Way(norms, "convolution"))
     tape = one_pass(Joined(), waves, images, ones, ones, one_each(3), chooser)
+    tape.settle()
     (deferred,) = tape._deferred.values()
     for factor in (deferred.gradient.inputs, deferred.gradient.outputs):
         assert factor.untyped_storage().nbytes() == factor.nbytes
