@@ -365,7 +365,7 @@ def test_another_way_of_reading_does_not_go_by_the_journal(tmp_path, monkeypatch
     run(src, tmp_path / "dst")
     private = tmp_path / "dst.private"
     settings = Settings(src, tmp_path, private, load_key(private / "identity.key"), Rules(), False,
-                        Detect.RISKY, (), Review())  # fmt: skip
+                        Detect.RISKY, True, (), Review())  # fmt: skip
     monkeypatch.setattr("fedmed.data.importers.dicom.pool._MODULE", "no_such_module")
     with Pool({}, 1, 1.0) as pool:
         stages = Stages(settings, pool, lambda *_: None)

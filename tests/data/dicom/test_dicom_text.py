@@ -61,8 +61,36 @@ def test_risky_kinds_are_set_aside_by_modality_or_class(tmp_path):
     }
     for name, more in kinds.items():
         save(image(plain, patient=name, **more), tmp_path / "src" / name)
-    report = import_dicom(tmp_path / "src", tmp_path / "dst", DicomOptions(workers=1))
+    options = DicomOptions(workers=1, detect="off")
+    report = import_dicom(tmp_path / "src", tmp_path / "dst", options)
     assert (report.kept, report.quarantined) == (2, 5)
+
+
+def test_no_mark_is_believed_where_nothing_can_look(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedmed.data.importers.dicom.burned_in.detector", lambda: None)
+    for name, modality in (("us", "US"), ("ct", "CT")):
+        ds = image(written(""), patient=name, modality=modality, BurnedInAnnotation="NO")
+        save(ds, tmp_path / "src" / name)
+    report = import_dicom(tmp_path / "src", tmp_path / "dst", DicomOptions(workers=1))
+    assert report.kept == 1
+    assert report.reasons["quarantined"] == {
+        "marked as free of text, which no text detector could check": 1
+    }
+    assert any("no text detector" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("then", ["off", pytest.param("risky", marks=needs_tesseract)])
+def test_a_detector_or_the_hospital_s_word_lets_them_in_later(tmp_path, monkeypatch, then):
+    ds = image(written(""), modality="US", BurnedInAnnotation="NO")
+    save(ds, tmp_path / "src" / "us")
+    save(image(written(""), patient="ct", modality="CT"), tmp_path / "src" / "ct")
+    options = DicomOptions(workers=1, detect=then, overwrite=True)
+    with monkeypatch.context() as without:
+        without.setattr("fedmed.data.importers.dicom.burned_in.detector", lambda: None)
+        held = DicomOptions(workers=1)
+        assert import_dicom(tmp_path / "src", tmp_path / "dst", held).quarantined == 1
+    report = import_dicom(tmp_path / "src", tmp_path / "dst", options)
+    assert (report.kept, report.quarantined) == (2, 0)
 
 
 @needs_tesseract
@@ -85,7 +113,7 @@ def test_a_volume_is_free_of_text_where_all_its_slices_are(tmp_path, marks, held
     save_series(slices, tmp_path / "src")
     save(image(written(""), patient="P2", modality="DX"), tmp_path / "src" / "b")
     (tmp_path / "r.yaml").write_text("series: [{modality: CT, output: volume}, {modality: DX}]")
-    options = DicomOptions(workers=1, rules=tmp_path / "r.yaml")
+    options = DicomOptions(workers=1, rules=tmp_path / "r.yaml", detect="off")
     assert import_dicom(tmp_path / "src", tmp_path / "dst", options).quarantined == 3 * held
 
 

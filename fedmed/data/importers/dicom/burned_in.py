@@ -2,8 +2,8 @@
 
 DICOM marks burned-in annotation with BurnedInAnnotation (PS3.3, C.7.6.1.1.3), but few devices
 fill it. So an object that is marked YES, or of a kind that often holds text and not marked NO,
-is set aside until a person has looked at it. What is marked NO is believed only where no text
-is found.
+is set aside until a person has looked at it. What is marked NO is believed only where a text
+detector has looked and found none, or the hospital has said not to look.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ class Settings:
         work: folder that converted files go to.
         private: the site's private folder, for previews of what is quarantined.
         classes: names of mask labels 1, 2, ….
+        detector: whether a text detector is installed.
         review: what a person decided on quarantined objects.
         deface: words of the hospital's defacing command; empty without one.
         deface_seconds: time limit of one run of it.
@@ -59,6 +60,7 @@ class Settings:
     rules: Rules
     dates: bool
     detect: Detect
+    detector: bool
     classes: tuple[str, ...]
     review: Review
     deface: tuple[str, ...] = ()
@@ -228,7 +230,9 @@ class _Conversion:
             unit["burned_in"], unit["risky"], unit["recognizable"] and not later
         )
         look = settings.detect is Detect.ALL or (settings.detect is Detect.RISKY and unit["risky"])
-        if look and not reason:
+        if look and not reason and not settings.detector:
+            reason = "marked as free of text, which no text detector could check"
+        elif look and not reason:
             candidates = (shown[0], shown[len(shown) // 2], shown[-1]) if fine else shown
             if any(burned_in.count_words(image) for image in candidates[: len(shown)]):
                 reason = "text found in the pixels"

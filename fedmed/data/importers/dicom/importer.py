@@ -73,8 +73,8 @@ def import_dicom(
         check_rules(rules)
     key = load_key(private / KEY_NAME)
     private_folder(private)
-    detect = options.detect if burned_in.detector() else Detect.OFF
-    if options.detect is Detect.ALL and detect is Detect.OFF:
+    detector = burned_in.detector() is not None
+    if options.detect is Detect.ALL and not detector:
         raise DataError(
             "tesseract, the text detector, is not installed",
             "install tesseract-ocr, or --detect off",
@@ -88,7 +88,8 @@ def import_dicom(
         key=key,
         rules=rules,
         dates=options.dates,
-        detect=detect,
+        detect=options.detect,
+        detector=detector,
         classes=options.classes,
         review=read_review(private),
         deface=deface,
@@ -228,8 +229,11 @@ class _Import:
         notes.append("identifiers were replaced by keyed hashes; the key stays with the hospital")
         if self.options.dates:
             notes.append("dates were moved back by a number of days of the patient's own")
-        if self.options.detect is not Detect.OFF and self.settings.detect is Detect.OFF:
-            notes.append("no text detector is installed: images marked as free of text were kept")
+        if self.settings.detect is not Detect.OFF and not self.settings.detector:
+            notes.append(
+                "no text detector is installed: kinds that often hold text went to the quarantine "
+                "even where they are marked as free of it"
+            )
         notes += [*self.matching.notes, *self.heads.notes()]
         for reason, count in sorted((table.faults if table else {}).items()):
             notes.append(f"{count} rows of the table of labels: {reason}")

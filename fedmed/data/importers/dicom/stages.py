@@ -163,12 +163,12 @@ class Stages:
 
     def _conversion(self) -> str:
         """Changes with whatever a conversion depends on besides its files."""
-        review = self.settings.review
+        settings, review = self.settings, self.settings.review
         return self._digest(
-            self.settings.rules.digest(),
-            json.dumps([self.settings.classes, self.settings.detect, review.cleared]),
+            settings.rules.digest(),
+            json.dumps([settings.classes, settings.detect, settings.detector, review.cleared]),
             json.dumps(sorted(review.rejected)),
-            json.dumps(bool(self.settings.deface)),
+            json.dumps(bool(settings.deface)),
         )
 
     def _scanned(self, paths: list[str]) -> Iterator[tuple[str, Facts]]:
