@@ -31,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmed.errors import IncompatibleModel
-from fedmed.privacy.clipping.bookkeeping import record
+from fedmed.privacy.clipping.bookkeeping import CHOOSER, record
+from fedmed.privacy.clipping.choice import Chooser, Untimed
 from fedmed.privacy.clipping.layout import pieces
 from fedmed.privacy.clipping.proof import prove
 from fedmed.privacy.gradients import check_network
@@ -41,6 +42,9 @@ class _Pass:
     """A forward pass of one sample or more and, later, its backward pass."""
 
     _running = _reached = False
+
+    def __init__(self, chooser: Chooser = CHOOSER) -> None:
+        self._chooser = chooser
 
     def forward(self, model: nn.Module, images: Tensor, units: Tensor) -> Any:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -53,7 +57,7 @@ class _Pass:
         if isinstance(rows, np.ndarray):
             images = images[torch.from_numpy(rows).to(images.device)]
             self._back = torch.from_numpy(rows.argsort()).to(images.device)
-        self._tape, outputs = record(model, images, piece.layout)
+        self._tape, outputs = record(model, images, piece.layout, self._chooser)
         return tree_map(self._hand_out, outputs)
 
     def _hand_out(self, output: Tensor) -> Tensor:
@@ -147,7 +151,7 @@ class BookKeepingModule(nn.Module):
 
 
 def _clipped_sum(model: nn.Module, loss: Any, x: Tensor, y: Tensor, *rest: Any) -> list[Tensor]:
-    recorded, (units, _, bound, _) = _Pass(), rest
+    recorded, (units, _, bound, _) = _Pass(Untimed()), rest
     return recorded.clipped_sum(loss(recorded.forward(model, x, units), y), bound)
 
 

@@ -6,7 +6,7 @@ from test_gradients import batch, conv2d, cross_entropy, naive, worst
 from torch import nn
 
 from fedmed.errors import IncompatibleModel
-from fedmed.privacy.clipping import outer
+from fedmed.privacy.clipping import bookkeeping, outer
 from fedmed.privacy.clipping.bookkeeping import BookKeepingGradients
 from fedmed.privacy.clipping.choice import Chooser, Way
 
@@ -45,6 +45,42 @@ def test_a_batch_that_does_not_fit_is_cut_and_nothing_counts_twice(most):
     model.seen.clear()
     mode.clipped_sum(*arguments)
     assert failed == 0 or all(n <= most for n in model.seen)  # it has learned
+
+
+def test_what_the_proof_could_not_run_is_not_run_unproved(monkeypatch):
+    seen = []
+
+    def full(model, loss, images, *_):
+        seen.append(len(images))
+        raise torch.OutOfMemoryError("room for autograd, but not for more")
+
+    monkeypatch.setattr(bookkeeping, "one_pass", full)
+    images, targets = batch(2, 12, 1, 0)
+    model = conv2d().double()
+    arguments = (model, cross_entropy, images, targets, UNITS, 6, 0.3)
+    got = BookKeepingGradients(12).clipped_sum(*arguments)
+    assert worst(got, naive(*arguments, 1)) <= 1e-9
+    assert seen == [3]  # by the proof alone: one image at a time needs none
+
+
+class Asked(Chooser):
+    """Notes for how many images it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.samples = set()
+
+    def choose(self, gradient, *, may_defer):
+        self.samples.add(gradient.layout.samples)
+        return super().choose(gradient, may_defer=may_defer)
+
+
+def test_ways_are_chosen_on_batches_and_not_on_the_proof():
+    images, targets = batch(2, 12, 1, 0)
+    chooser = Asked()
+    mode = BookKeepingGradients(12, chooser)
+    mode.clipped_sum(conv2d().double(), cross_entropy, images, targets, UNITS, 6, 0.3)
+    assert chooser.samples == {12}
 
 
 def test_one_image_that_does_not_fit_is_an_error():

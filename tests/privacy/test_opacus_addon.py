@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import fedmed
 from fedmed.errors import IncompatibleModel
 from fedmed.privacy import opacus_addon
+from fedmed.privacy.clipping.bookkeeping import CHOOSER
 from fedmed.privacy.compat import make_compatible
 from fedmed.privacy.opacus_addon import BookKeepingModule, make_private
 
@@ -321,6 +322,13 @@ def test_the_proof_moves_no_stream_and_leaves_the_network_in_training():
     torch.manual_seed(3)
     assert torch.equal(found, net(images))
     assert all(layer.training for layer in model.modules())
+
+
+def test_the_proof_settles_no_way_for_training():
+    images, _ = batch(3)
+    known = set(CHOOSER._best)
+    BookKeepingModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 7).double()))(images)
+    assert set(CHOOSER._best) == known
 
 
 class MixesImages(nn.Module):

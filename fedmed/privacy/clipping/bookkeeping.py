@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from fedmed.errors import IncompatibleModel
-from fedmed.privacy.clipping.choice import Chooser
+from fedmed.privacy.clipping.choice import Chooser, Untimed
 from fedmed.privacy.clipping.interception import Interception
 from fedmed.privacy.clipping.layout import Layout, Piece, pieces
 from fedmed.privacy.clipping.precision import Precision, clip_factors
@@ -87,8 +87,12 @@ class BookKeepingGradients:
         use = (loss, images.shape[1:])
         if self._capacity > 1 and use not in proved:
             samples = min(3, self._capacity)
-            if prove(model, loss, images, targets, self._all_pieces, samples=samples):
+            # What is fastest for three images is not for a batch: the proof measures nothing.
+            trial = BookKeepingGradients(samples, Untimed())
+            if prove(model, loss, images, targets, trial._all_pieces, samples=samples):
                 proved.add(use)
+            if trial._capacity < samples:  # what did not fit was not proved either
+                self._capacity = trial._capacity
         return self._all_pieces(model, loss, images, targets, units, n_units, max_norm, copies)
 
     def _all_pieces(
@@ -178,9 +182,7 @@ class BookKeepingGradients:
         return [torch.where(factor > 0, g * factor, torch.zeros_like(g)) for g in grads]
 
 
-def record(
-    model: nn.Module, images: Tensor, layout: Layout, chooser: Chooser = CHOOSER
-) -> tuple[Tape, Any]:
+def record(model: nn.Module, images: Tensor, layout: Layout, chooser: Chooser) -> tuple[Tape, Any]:
     """The forward pass of one batch, and the tape on which its backward pass will be."""
     root = images.detach().requires_grad_(images.is_floating_point())
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -215,11 +217,11 @@ def one_pass(
                 "the network keeps no activations and runs layers again in its backward pass",
                 "switch activation checkpointing off and lower trainer.physical_batch_size",
             ) from error
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            parameter.grad = None
+    for slot in tape.parameters:
+        if slot.tensor.grad is not None:
+            slot.tensor.grad = None
             raise IncompatibleModel(
-                f"parameter {name} is used by an operation that cannot be followed by sample",
+                f"parameter {slot.name} is used by an operation that cannot be followed by sample",
                 REMEDY,
             )
     return tape

@@ -7,9 +7,10 @@ All ways give the same result up to rounding.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -66,6 +67,21 @@ class Chooser:
         return force if may_defer or force.sums is None else None
 
 
+class Untimed(Chooser):
+    """Takes another way each time and measures nothing: for batches that are not trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turns = itertools.count()
+
+    def choose(self, gradient: WeightGradient, *, may_defer: bool) -> Way:
+        """See :meth:`Chooser.choose`."""
+        keep, defer = _norms(gradient, may_defer)
+        ways = [Way(norms, None) for norms in keep]
+        ways += [Way(norms, sums) for norms in defer for sums in gradient.sums()]
+        return ways[next(self._turns) % len(ways)]
+
+
 def _offered(way: Way, gradient: WeightGradient) -> bool:
     """Whether a remembered way is open to this one, whose batch may have another size."""
     if way.sums is None:
@@ -74,13 +90,18 @@ def _offered(way: Way, gradient: WeightGradient) -> bool:
     return known and way.sums in gradient.sums()
 
 
-def _measure(gradient: WeightGradient, may_defer: bool) -> Way:
+def _norms(gradient: WeightGradient, may_defer: bool) -> tuple[Sequence[str], Sequence[str]]:
+    """Ways to the norms if gradients are kept, and if the sum is deferred: by what they hold."""
     forms, grams = gradient.forms(), gradient.grams()
     kept = gradient.layout.units * gradient.size * gradient.dtype.itemsize
-    keep = forms if not may_defer or kept <= gradient.may_exceed * gradient.held else []
-    defer: list[str] = []
-    if may_defer:
-        defer = [*grams, *(forms if kept > gradient.held or not keep else ())]
+    keep = forms if not may_defer or gradient.may_keep(kept) else ()
+    if not may_defer:
+        return keep, ()
+    return keep, [*grams, *(forms if kept > gradient.held or not keep else ())]
+
+
+def _measure(gradient: WeightGradient, may_defer: bool) -> Way:
+    keep, defer = _norms(gradient, may_defer)
     if len(keep) == 1 and not defer:
         return Way(keep[0], None)
     tried: list[tuple[float, Way]] = []

@@ -31,17 +31,13 @@ from fedmed.privacy.clipping.patches import (
     shifted_sums,
 )
 
-_SMALL: Final = 1 << 23  # bytes of patches that no network notices
+_SMALL: Final = 1 << 23  # bytes that no network notices
 _BLOCK: Final = 16  # channels that oneDNN lays side by side, be they there or not
 
 
 class ConvolutionGradient(WeightGradient):
     """Of a weight ``[q, p / groups, *k]``: ``inputs`` ``[samples, p, *S]`` correlated with
     ``outputs`` ``[samples, q, *T]``."""
-
-    # Where libraries are slow at what is small, forming is worth more memory than it needs; such
-    # layers are a small part of a network's memory.
-    may_exceed = 4.0
 
     def __init__(
         self,
@@ -65,6 +61,14 @@ class ConvolutionGradient(WeightGradient):
     def size(self) -> int:
         """See :attr:`WeightGradient.size`."""
         return math.prod(self._geometry.weight)
+
+    def may_keep(self, nbytes: int) -> bool:
+        """See :meth:`WeightGradient.may_keep`.
+
+        Libraries are slow at what is small, so forming is worth more memory than it needs; least
+        where the memory is large, as a network may have many such layers.
+        """
+        return nbytes <= (4.0 if nbytes <= _SMALL else 2.5) * self.held
 
     def forms(self) -> Sequence[str]:
         """See :meth:`WeightGradient.forms`."""

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedmed.privacy.clipping import attention, convolution, elementwise, embedding, linear, norms
 from fedmed.privacy.clipping.fallback import vectorised
-from fedmed.privacy.clipping.tape import Slot, Tape
+from fedmed.privacy.clipping.tape import Tape
 
 Rule = Callable[..., Any]
 
@@ -74,19 +74,13 @@ class Interception(TorchFunctionMode):
     def _tracked(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        slots: list[Slot] = []
-        data = False
-        for tensor in _tensors(args, kwargs):
-            slot = self._tape.slot(tensor)
-            if slot is not None:
-                slots.append(slot)
-            else:
-                data = data or self._tape.is_data(tensor)
-        if data and func not in _LIKE:
+        if func not in _LIKE and any(map(self._tape.is_data, _tensors(args, kwargs))):
             rule = RULES.get(func)
             if rule is not None:
                 return rule(self._tape, *args, **kwargs)
             return self._without_rule(func, args, kwargs)
+        found = (self._tape.slot(tensor) for tensor in _tensors(args, kwargs))
+        slots = [slot for slot in found if slot is not None]
         result = func(*args, **kwargs)
         for tensor in _tensors((result,), {}):
             self._tape.derive(tensor, slots)

@@ -38,13 +38,11 @@ class WeightGradient(ABC):
         outputs: the gradient of the result, as many rows.
 
     Attributes:
-        may_exceed: formed gradients are kept up to this many times the memory of the factors.
         FORMS: ways to form the gradients of a span, ``[units, *shape]``, by name.
         GRAMS: ways to the squared norms of a span, ``[units]``, without forming gradients.
         SUMS: ways to the sum over units of factor times gradient, for factors ``[units]``.
     """
 
-    may_exceed: ClassVar[float] = 1.0
     FORMS: ClassVar[Mapping[str, Callable[[Any, Span], Tensor]]]
     GRAMS: ClassVar[Mapping[str, Callable[[Any, Span], Tensor]]]
     SUMS: ClassVar[Mapping[str, Callable[[Any, Tensor], Tensor]]]
@@ -64,6 +62,10 @@ class WeightGradient(ABC):
     def held(self) -> int:
         """Bytes that are kept alive if the gradient is formed later."""
         return self.inputs.nbytes + self.outputs.nbytes
+
+    def may_keep(self, nbytes: int) -> bool:
+        """Whether formed gradients of ``nbytes`` in all may be kept in place of the factors."""
+        return nbytes <= self.held
 
     def own(self) -> None:
         """Let go of what the factors are parts of, before they are kept."""

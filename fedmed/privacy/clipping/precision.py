@@ -42,13 +42,13 @@ def clip_factors(norm: Tensor, max_norm: float, precision: Precision) -> Tensor:
     return torch.where(torch.isfinite(norm), scale, torch.zeros_like(norm))
 
 
-def autocast(*tensors: Tensor | None) -> list[Any]:
+def autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
     """Tensors in the type that autocast wants products to be in, if it is on."""
-    device = next(t.device.type for t in tensors if t is not None)
+    device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return [x, *others]
     dtype = torch.get_autocast_dtype(device)
     return [
         t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16) else t
-        for t in tensors
+        for t in (x, *others)
     ]

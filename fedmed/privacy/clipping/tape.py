@@ -67,6 +67,9 @@ class Tape:
         chooser: how a layer's norm and sum are computed.
         root: the network's input, whose own gradient nobody reads.
         precision: of the forward pass.
+
+    Attributes:
+        parameters: their slots, in their order.
     """
 
     def __init__(
@@ -81,8 +84,8 @@ class Tape:
         self.layout = layout
         self._chooser = chooser
         self._root = root
-        self._parameters = [Slot(name, p, is_parameter=True) for name, p in parameters]
-        self._slots = {id(slot.tensor): slot for slot in self._parameters}
+        self.parameters = [Slot(name, p, is_parameter=True) for name, p in parameters]
+        self._slots = {id(slot.tensor): slot for slot in self.parameters}
         self._constant_data: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         if not root.requires_grad:
             self.mark_data(root)
@@ -248,7 +251,7 @@ class Tape:
             sums[slot].reshape(slot.tensor.shape)
             if slot in sums
             else torch.zeros_like(slot.tensor, requires_grad=False)
-            for slot in self._parameters
+            for slot in self.parameters
         ]
 
     def _resolve(self) -> None:
@@ -258,12 +261,12 @@ class Tape:
             return
         by_unit: tuple[Tensor | None, ...] = torch.autograd.grad(
             [slot.tensor for slot in derived],
-            [slot.tensor for slot in self._parameters],
+            [slot.tensor for slot in self.parameters],
             [self._formed.pop(slot).to(slot.tensor.dtype) for slot in derived],
             is_grads_batched=True,
             allow_unused=True,
         )
-        for slot, gradients in zip(self._parameters, by_unit, strict=True):
+        for slot, gradients in zip(self.parameters, by_unit, strict=True):
             if gradients is None:
                 continue
             self._add(slot, gradients.to(slot.dtype))
@@ -285,7 +288,7 @@ class Tape:
         return joined, large
 
     def _zeros(self) -> Tensor:
-        dtype = max((slot.dtype for slot in self._parameters), key=lambda d: d.itemsize)
+        dtype = max((slot.dtype for slot in self.parameters), key=lambda d: d.itemsize)
         return torch.zeros(self.layout.units, dtype=dtype, device=self._root.device)
 
     def _forget(

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedmed.privacy.clipping import choice, outer
 from fedmed.privacy.clipping.bookkeeping import one_pass
-from fedmed.privacy.clipping.choice import Chooser, Way
+from fedmed.privacy.clipping.choice import Chooser, Untimed, Way
 from fedmed.privacy.clipping.correlation import ConvolutionGradient
 from fedmed.privacy.clipping.layout import pieces
 from fedmed.privacy.clipping.outer import gram_norms, squared_norms, weighted_sum
@@ -113,3 +113,22 @@ def test_time_that_other_processes_take_does_not_decide(monkeypatch):
     monkeypatch.setattr(choice.time, "perf_counter", lambda: -(2.0 ** -next(wall)))
     way = Chooser().choose(gradient, may_defer=False)
     assert way == Way(gradient.forms()[0], None)  # all worked as long: the first
+
+
+# ResNet50's 1x1 convolutions of 8x8 pixels: six of each, 3.2 times the memory of their factors.
+@pytest.mark.parametrize(
+    ("q", "p", "kernel", "side", "kept"),
+    [(256, 1024, 1, 8, False), (1024, 256, 1, 8, False), (128, 128, 3, 16, True),
+     (32, 128, 3, 8, True), (512, 512, 3, 4, False)],
+)  # fmt: skip
+def test_gradients_are_kept_only_where_a_network_full_of_them_would_fit(q, p, kernel, side, kept):
+    geometry = Geometry(
+        (q, p, kernel, kernel), (1, 1), (kernel // 2,) * 2, (1, 1), (0, 0), 1, False
+    )
+    inputs, outputs = (torch.empty(16, n, side, side, device="meta") for n in (p, q))
+    gradient = ConvolutionGradient(one_each(16), torch.float32, inputs, outputs, geometry)
+    chooser = Untimed()
+    ways = {chooser.choose(gradient, may_defer=True) for _ in range(20)}
+    assert any(way.sums is None for way in ways) is kept
+    assert any(way.sums for way in ways)
+    assert chooser.choose(gradient, may_defer=False).sums is None
