@@ -46,8 +46,8 @@ class Settings:
         source: folder that paths are relative to.
         work: folder that converted files go to.
         private: the site's private folder, for previews of what is quarantined.
+        detector: whether there is a text detector to look with.
         classes: names of mask labels 1, 2, ….
-        detector: whether a text detector is installed.
         review: what a person decided on quarantined objects.
         deface: words of the hospital's defacing command; empty without one.
         deface_seconds: time limit of one run of it.

@@ -73,7 +73,8 @@ def import_dicom(
         check_rules(rules)
     key = load_key(private / KEY_NAME)
     private_folder(private)
-    detector = burned_in.detector() is not None
+    # Where nothing looks, a detector that comes or goes converts nothing anew.
+    detector = options.detect is not Detect.OFF and burned_in.detector() is not None
     if options.detect is Detect.ALL and not detector:
         raise DataError(
             "tesseract, the text detector, is not installed",
